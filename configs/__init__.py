@@ -1,0 +1,1 @@
+"""One YAML file is one experiment: its types, its loader, its presets."""

@@ -1,0 +1,301 @@
+"""Every field of an experiment: its type, default, unit and meaning. `moleprint VERB --help` prints these.
+
+All sections live in this one room, at the bottom of the import order, so that a configuration is checked
+and explained without loading torch or DALI.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrAuto = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Range = tuple[Positive, Positive]
+RGB = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, typed, no unknown key, docstrings as help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Synthetic(Section):
+    """Drawn lesions: a stand-in data set that needs no download."""
+
+    output: Path = Path("data/demo/images")
+    """Folder to write: `metadata.csv` and `images/ID.jpg`."""
+    table: Path | None = None
+    """Draw one image for every row of this table (columns and classes as in `pack`) instead of new patients."""
+    images: Count = 3000
+    """Images to draw. Ignored with `table`."""
+    patients: Count = 300
+    """Patients to share them among, each with one to many. Ignored with `table`."""
+    prevalence: Share = 0.2
+    """Share of images that show a melanoma. Ignored with `table`."""
+    overlap: Share = 0.4
+    """How far melanomas and nevi overlap: 0 is trivial, 1 cannot be learned."""
+    size: Annotated[int, Field(ge=32, le=1024)] = 256
+    """Width and height, pixels."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 92
+    """JPEG quality."""
+    seed: Seed = 0
+    """The same seed and settings draw the same bytes, whatever the number of workers."""
+    workers: CountOrAuto = 0
+    """Processes; 0 is one a core."""
+
+
+class Ratios(Section):
+    """Shares of the splits; they must sum to 1."""
+
+    train: Share = 0.7
+    """Share of images the encoder and the classifier learn from."""
+    val: Share = 0.1
+    """Share that early stopping, temperature and threshold are chosen on."""
+    test: Share = 0.2
+    """Share that nothing but the report sees."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> "Ratios":
+        total = self.train + self.val + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + val + test must be 1, found {total:g}")
+        return self
+
+
+class Pack(Section):
+    """Table and images -> shard set."""
+
+    table: Path = Path("data/demo/images/metadata.csv")
+    """CSV table, one row an image."""
+    images: Path = Path("data/demo/images/images")
+    """Folder of images, searched with its subfolders; a file's stem is its id."""
+    output: Path = Path("data/demo/shards")
+    """Folder of the shard set. Must not exist yet, or be empty."""
+    id_column: str = "isic_id"
+    """Column with the image id."""
+    group_column: str = "patient_id"
+    """Column whose values never cross splits: the patient, or the lesion where no patient is known."""
+    label_column: str = "target"
+    """Column with the label."""
+    classes: dict[str, tuple[str | int, ...]] = {"benign": (0,), "melanoma": (1,)}
+    """Class name -> the label column's values that mean it. Their order is the class index."""
+    positive: str = ""
+    """The class that figures are about; empty is the last of `classes`."""
+    duplicates: Path | None = None
+    """CSV with two columns of image ids, listed as duplicates of each other (ISIC 2020 has one)."""
+    duplicates_action: Literal["tie", "drop"] = "tie"
+    """`tie` keeps both and their groups in one split; `drop` keeps the first of each pair in id order."""
+    undersample: bool = False
+    """Draw, by seed, as many images of every class as the rarest one has, before the split."""
+    ratios: Ratios = Ratios()
+    """Shares of the splits."""
+    seed: Seed = 0
+    """Seed of undersampling, split and the order inside the shards."""
+    short_side: CountOrAuto = 256
+    """Larger images are shrunk to this short side, pixels, with antialiasing; 0 keeps every size."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """JPEG quality where an image must be encoded again; JPEGs that fit pass through untouched."""
+    samples_per_shard: Count = 1000
+    """Images in a shard, at most."""
+    workers: CountOrAuto = 0
+    """Processes; 0 is one a core."""
+
+    @model_validator(mode="after")
+    def _classes_make_sense(self) -> "Pack":
+        if len(self.classes) < 2:
+            raise ValueError(f"classes: at least two are needed, found {list(self.classes)}")
+        values = [str(v) for given in self.classes.values() for v in given]
+        twice = sorted({v for v in values if values.count(v) > 1})
+        if twice:
+            raise ValueError(f"classes: the label values {twice} belong to more than one class")
+        if self.positive and self.positive not in self.classes:
+            raise ValueError(f"positive: '{self.positive}' is none of the classes {list(self.classes)}")
+        return self
+
+
+class Augment(Section):
+    """Strength of each augmentation; zero is off."""
+
+    symmetries: bool = True
+    """Flips and quarter turns: the 8 symmetries of the square, each as likely."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 30
+    """Rotation drawn from ± this many degrees."""
+    scale: Range = (0.85, 1.15)
+    """Magnification, drawn log-uniformly between these; 1 shows the short side in full."""
+    shift: Share = 0.05
+    """Shift drawn from ± this share of the side, along each axis."""
+    brightness: Share = 0.2
+    """Factor drawn from 1 ± this."""
+    contrast: Share = 0.2
+    """Factor about mid-grey drawn from 1 ± this."""
+    saturation: Share = 0.2
+    """Factor drawn from 1 ± this."""
+    hue: Annotated[float, Field(ge=0, le=180)] = 10
+    """Rotation about the grey axis drawn from ± this many degrees."""
+
+
+class Loader(Section):
+    """Shard set -> batches on the device."""
+
+    sampler: Literal["shuffle", "balanced", "patient"] = "balanced"
+    """`shuffle`: a true permutation of the epoch; `balanced`: as many of each class in every rank's slice;
+    `patient`: balanced, and negatives from the positives' own patients where they have any."""
+    global_batch: Count = 64
+    """Images a step over all ranks together; a multiple of the ranks (balanced: of ranks × classes)."""
+    steps_per_epoch: CountOrAuto = 0
+    """Steps an epoch; 0 is as many as show each training image once (balanced: as many as the set has)."""
+    size: Annotated[int, Field(ge=16, le=1024)] = 224
+    """Width and height the encoder sees, pixels: the central square of an image, scaled."""
+    mean: RGB = (0.5, 0.5, 0.5)
+    """Mean of each channel, of pixels scaled to 0..1."""
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    """Standard deviation of each channel, of pixels scaled to 0..1."""
+    augment: Augment = Augment()
+    """Augmentation of the training split; other splits see none."""
+    threads: CountOrAuto = 0
+    """DALI threads a rank; 0 shares the cores among the ranks of this host."""
+    prefetch: Count = 2
+    """Batches prepared ahead."""
+    max_bad: Share = 0.01
+    """Share of images read that may fail their checksum and be replaced, before the run ends with an error."""
+
+
+class Model(Section):
+    """The encoder."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    """torchvision classification backbone."""
+    weights: str = "none"
+    """`none` (random), `imagenet` (downloaded by torchvision), or a local state dict (.pth, .safetensors)."""
+    embedding_dim: Count = 512
+    """Length of the L2-normalised embedding."""
+
+
+class Loss(Section):
+    """What the encoder minimises: `triplet × triplet loss + classification × cross-entropy`."""
+
+    triplet: NonNegative = 1.0
+    """Weight of the triplet loss."""
+    mining: Literal["random", "semi_hard", "batch_hard"] = "semi_hard"
+    """Negatives (and positives) of each anchor, sought in the global batch over all ranks."""
+    margin: Positive = 0.2
+    """Margin of the triplet loss, in Euclidean distance of unit vectors (0..2)."""
+    classification: NonNegative = 1.0
+    """Weight of the class-balanced cross-entropy of a linear head, dropped after training."""
+
+
+class Train(Section):
+    """How the encoder is trained."""
+
+    epochs: Count = 30
+    """Epochs at most."""
+    patience: CountOrAuto = 10
+    """Epochs without a better validation AUC before stopping; 0 never stops early."""
+    lr: Positive = 3e-4
+    """Peak learning rate of AdamW, for the global batch as it is."""
+    weight_decay: NonNegative = 0.05
+    """AdamW's weight decay; none on biases and norms."""
+    warmup: NonNegative = 1.0
+    """Epochs of linear warm-up, then a cosine to zero."""
+    grad_clip: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast: `auto` is bfloat16 where the GPU has it, float32 elsewhere."""
+    compile: bool = False
+    """Compile the encoder with torch.compile."""
+    sync_batchnorm: bool = True
+    """Batch statistics over all ranks; on GPUs only."""
+    processes: CountOrAuto = 0
+    """Processes `moleprint train` and `embed` start; 0 is one a GPU, or one without any."""
+    checkpoint_every: CountOrAuto = 0
+    """Steps between checkpoints besides the one after each epoch; 0 is none."""
+    keep: Count = 2
+    """Newest checkpoints kept."""
+    seed: Seed = 0
+    """Seed of weights, order, augmentation and mining."""
+
+
+class Classifier(Section):
+    """MLP on frozen embeddings."""
+
+    hidden: tuple[Count, ...] = (256, 64)
+    """Widths of the hidden layers, each followed by LeakyReLU and dropout."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Dropout."""
+    lr: Positive = 1e-3
+    """Learning rate of AdamW."""
+    weight_decay: NonNegative = 1e-2
+    """AdamW's weight decay."""
+    batch: Count = 256
+    """Embeddings a step."""
+    epochs: Count = 80
+    """Epochs at most."""
+    patience: CountOrAuto = 15
+    """Epochs without a lower validation loss before stopping; 0 never stops early."""
+    balanced: bool = True
+    """Weigh the cross-entropy by inverse class frequency."""
+    threshold: Literal["youden", "sensitivity", "half"] = "youden"
+    """Operating point, chosen on validation: best sensitivity + specificity, a set sensitivity, or 0.5."""
+    sensitivity: Share = 0.9
+    """Sensitivity asked for where `threshold` is `sensitivity`."""
+    seed: Seed = 0
+    """Seed of weights, order and dropout."""
+
+
+class Evaluate(Section):
+    """Figures and report."""
+
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap draws of whole patients behind every interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Coverage of the intervals."""
+    seed: Seed = 0
+    """Seed of the bootstrap."""
+
+
+class Tracking(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where a key is configured (`wandb login` or WANDB_API_KEY), else offline."""
+    project: str = "moleprint"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; the account's default if not given."""
+    name: str | None = None
+    """Run name; the run folder's name if not given."""
+    tags: tuple[str, ...] = ()
+    """Run tags."""
+    log_every: Count = 10
+    """Steps between logged lines."""
+    images: CountOrAuto = 16
+    """Augmented training images logged once at the start."""
+
+
+class Run(Section):
+    """Where results go."""
+
+    folder: Path = Path("runs/demo")
+    """Run folder: config, checkpoints, weights, embeddings, metrics, report."""
+
+
+class Experiment(Section):
+    """One YAML file: one experiment."""
+
+    synthetic: Synthetic | None = None
+    """Present: `moleprint run` draws this data set first."""
+    pack: Pack = Pack()
+    loader: Loader = Loader()
+    model: Model = Model()
+    loss: Loss = Loss()
+    train: Train = Train()
+    classifier: Classifier = Classifier()
+    evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
+    run: Run = Run()

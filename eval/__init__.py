@@ -1,0 +1,1 @@
+"""A run folder -> figures with intervals, a report, predictions. Writes none of the weights."""

@@ -1,0 +1,1 @@
+"""The `moleprint` command and what stands on top of every stage."""

@@ -1,0 +1,1 @@
+"""A table of photographs -> one shard set: split without leaks, checked, indexed."""

@@ -1,0 +1,1 @@
+"""Batches -> a triplet encoder on every GPU -> frozen embeddings -> a classifier."""
