@@ -31,7 +31,7 @@ class Synthetic(Section):
     output: Path = Path("data/demo/images")
     """Folder to write: `metadata.csv` and `images/ID.jpg`."""
     table: Path | None = None
-    """Draw one image for every row of this table (columns and classes as in `pack`) instead of new patients."""
+    """Draw one image for every row of this table, columns and classes as in `pack`."""
     images: Count = 3000
     """Images to draw. Ignored with `table`."""
     patients: Count = 300
@@ -163,7 +163,7 @@ class Loader(Section):
     prefetch: Count = 2
     """Batches prepared ahead."""
     max_bad: Share = 0.01
-    """Share of images read that may fail their checksum and be replaced, before the run ends with an error."""
+    """Share of images read that may fail their checksum and be replaced, before the run ends."""
 
 
 class Model(Section):

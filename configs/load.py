@@ -1,0 +1,146 @@
+"""YAML file + `section.key=value` -> one frozen Experiment; every mistake reported at once.
+
+python: load(Path("configs/demo.yaml"), ["train.epochs=3"])
+shell:  moleprint train configs/demo.yaml train.epochs=3
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from configs.errors import UserError
+from configs.schema import Experiment
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people write it: `3e-4` is a float, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            line = node.start_mark.line + 1
+            raise UserError(f"key given twice in the mapping at line {line}: {', '.join(twice)}; keep one")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a YAML file with overrides applied.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        UserError: naming every unknown key (with the nearest valid one), wrong type and bad value.
+    """
+    raw = _parse(_read(path), str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: sections such as `train:` were expected, found {type(raw).__name__}")
+    source: dict[str, str] = {}
+    problems = []
+    for override in overrides:
+        try:
+            source |= _override(raw, override)
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        experiment = Experiment.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        problems += [_explain(detail, path, source) for detail in error.errors()]
+    if problems:
+        raise UserError("\n".join(problems))
+    return experiment
+
+
+def dump(experiment: BaseModel) -> str:
+    """The resolved experiment as YAML; `load` reads it back equal."""
+    return yaml.safe_dump(experiment.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        presets = ", ".join(f"configs/{p.name}" for p in sorted(Path(__file__).parent.glob("*.yaml")))
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot read this configuration ({reason}); presets: {presets}") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader) or {}
+    except (yaml.YAMLError, UserError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, str]:
+    """Put one `section.key=value` into the raw mapping; returns {key: where it came from}."""
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not sections or not all((*sections, last)):
+        raise UserError(f"'{override}': expected section.key=value, such as train.epochs=30")
+    target = raw
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            if target.get(section) is not None:
+                raise UserError(f"'{override}': '{section}' holds a value, not keys")
+            target[section] = {}
+        target = target[section]
+    target[last] = _parse(text, f"'{override}'") if text.strip() else None
+    return {key: "command line"}
+
+
+def _explain(detail: ErrorDetails, path: Path, source: dict[str, str]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    where = next((source[k] for k in source if key == k or key.startswith(f"{k}.")), str(path))
+    if detail["type"] == "extra_forbidden":
+        near = _nearest(key, location[-1])
+        return f"{where}: unknown key {key}" + (f"; did you mean {near}?" if near else "")
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{where}: {key}: {message}"
+    found = json.dumps(detail["input"], default=str)
+    return f"{where}: {key}: {message[0].lower() + message[1:]}, found {found}"
+
+
+def _nearest(key: str, last: str) -> str | None:
+    valid = [key for key, _ in fields(Experiment)]
+    similar = difflib.get_close_matches(last, [k.split(".")[-1] for k in valid], n=1, cutoff=0.75)
+    candidates = [
+        *(k for k in valid if k.split(".")[-1] == last),
+        *difflib.get_close_matches(key, valid, n=1, cutoff=0.75),
+        *(k for k in valid if similar and k.split(".")[-1] == similar[0]),
+    ]
+    return candidates[0] if candidates else None
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of every section and key under a model, sections before their keys."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        inner = section_of(field.annotation)
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section model that a field holds, if it holds one."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
