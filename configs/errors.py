@@ -3,3 +3,12 @@
 
 class UserError(ValueError):
     """What is wrong, the value found, and the remedy, in words for the user: shown without a traceback."""
+
+    one_rank = False
+    """Whether a single rank meets it, so that it must be shown even where only rank 0 speaks."""
+
+
+class DamagedDataError(UserError):
+    """A rank read damaged samples."""
+
+    one_rank = True

@@ -21,15 +21,21 @@ from configs.schema import Experiment
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people write it: `3e-4` is a float, and a key given twice is an error."""
+    """YAML 1.1 as people write it: `3e-4` is a float, and a key given twice is a problem."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems: list[str] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             line = node.start_mark.line + 1
-            raise UserError(f"key given twice in the mapping at line {line}: {', '.join(twice)}; keep one")
-        return super().construct_mapping(node, deep=deep)
+            self.problems.append(
+                f"key given twice in the mapping at line {line}: {', '.join(twice)}; keep one"
+            )
+        return {str(key): value for key, value in super().construct_mapping(node, deep=deep).items()}
 
 
 _Loader.add_implicit_resolver(
@@ -47,14 +53,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: naming every unknown key (with the nearest valid one), wrong type and bad value.
     """
-    raw = _parse(_read(path), str(path))
+    raw, problems = _parse(_read(path), str(path))
+    raw = {} if raw is None else raw  # an empty file: all defaults
     if not isinstance(raw, dict):
         raise UserError(f"{path}: sections such as `train:` were expected, found {type(raw).__name__}")
     source: dict[str, str] = {}
-    problems = []
     for override in overrides:
         try:
-            source |= _override(raw, override)
+            problems += _override(raw, override, source)
         except UserError as error:
             problems.append(str(error))
     try:
@@ -80,15 +86,18 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot read this configuration ({reason}); presets: {presets}") from None
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str) -> tuple[Any, list[str]]:
+    """The value of a YAML text, None if it is empty, and what is wrong in it though it can be read."""
     try:
-        return yaml.load(text, Loader=_Loader) or {}
-    except (yaml.YAMLError, UserError) as error:
+        loader = _Loader(text)
+        value = loader.get_single_data()
+    except yaml.YAMLError as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+    return value, [f"{where}: {problem}" for problem in loader.problems]
 
 
-def _override(raw: dict[str, Any], override: str) -> dict[str, str]:
-    """Put one `section.key=value` into the raw mapping; returns {key: where it came from}."""
+def _override(raw: dict[str, Any], override: str, source: dict[str, str]) -> list[str]:
+    """Put one `section.key=value` into the raw mapping and note in `source` where the key came from."""
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
     if not equals or not sections or not all((*sections, last)):
@@ -100,8 +109,9 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, str]:
                 raise UserError(f"'{override}': '{section}' holds a value, not keys")
             target[section] = {}
         target = target[section]
-    target[last] = _parse(text, f"'{override}'") if text.strip() else None
-    return {key: "command line"}
+    target[last], problems = _parse(text, f"'{override}'")
+    source[key] = "command line"
+    return problems
 
 
 def _explain(detail: ErrorDetails, path: Path, source: dict[str, str]) -> str:

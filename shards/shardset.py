@@ -1,0 +1,176 @@
+"""The shard set: a folder of tars, their indices, `samples.parquet` and, written last, `dataset.json`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+from shards.files import read_json, sha256
+from shards.records import few
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+MANIFEST = "dataset.json"
+SAMPLES = "samples.parquet"
+COLUMNS = ("index", "key", "split", "shard", "offset", "size", "crc32", "width", "height", "label", "group")
+"""Columns of `samples.parquet` before those of the source table; `shard` is the tar's file name."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """N samples in tars; everything about them is addressed by their index, 0 ... N - 1."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    """Content of `dataset.json`."""
+    samples: pa.Table
+    """`samples.parquet`: N rows."""
+    sha256: str
+    """Of `dataset.json`: the identity of the set, since that holds the sums of all other files."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "ShardSet":
+        """Open a shard set: every file's size is compared, no tar's content is read.
+
+        Raises:
+            UserError: if the folder is no shard set, of another format version, incomplete or damaged.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: not a shard set, it has no {MANIFEST}; make one with `moleprint pack`"
+            )
+        manifest = read_json(path, "moleprint pack")
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{folder}: shard set of format version {version}, this release reads {FORMAT_VERSION}; "
+                "pack it again with `moleprint pack`"
+            )
+        wrong = []
+        for name, about in manifest["files"].items():
+            file = folder / name
+            if not file.is_file():
+                wrong.append(f"{name} is missing")
+            elif file.stat().st_size != about["size"]:
+                wrong.append(f"{name} has {file.stat().st_size} bytes instead of {about['size']}")
+            elif name == SAMPLES and sha256(file) != about["sha256"]:
+                wrong.append(f"{name} does not match its sum")
+        if wrong:
+            raise UserError(
+                f"{folder}: damaged shard set: {few(wrong)}; copy it again or run `moleprint pack` anew"
+            )
+        return cls(folder, manifest, pq.read_table(folder / SAMPLES), sha256(path))
+
+    def __len__(self) -> int:
+        return int(self.samples.num_rows)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; their order is the class index."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def positive(self) -> int:
+        """Index of the class that figures are about."""
+        return self.classes.index(self.manifest["positive"])
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The tars, in the order of their samples."""
+        return tuple(self.folder / name for name in self.manifest["files"] if name.endswith(".tar"))
+
+    @cached_property
+    def keys(self) -> NDArray[np.object_]:
+        """(N,) image ids."""
+        return self._objects("key")
+
+    @cached_property
+    def labels(self) -> Ints:
+        """(N,) class indices."""
+        return self._ints("label")
+
+    @cached_property
+    def group_names(self) -> tuple[str, ...]:
+        """Group names; their order is the code in `groups`."""
+        return self._coded_groups[0]
+
+    @cached_property
+    def groups(self) -> Ints:
+        """(N,) group codes."""
+        return self._coded_groups[1]
+
+    @cached_property
+    def shard(self) -> Ints:
+        """(N,) index of the sample's tar in `paths`."""
+        names = pa.array([path.name for path in self.paths])
+        return np.asarray(pc.index_in(self.samples["shard"], names), dtype=np.int64)
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """(N,) first byte of the JPEG in its tar."""
+        return self._ints("offset")
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """(N,) bytes of the JPEG."""
+        return self._ints("size")
+
+    @cached_property
+    def crc32(self) -> NDArray[np.uint32]:
+        """(N,) checksum of the JPEG."""
+        return np.asarray(self.samples["crc32"], dtype=np.uint32)
+
+    @cached_property
+    def widths(self) -> Ints:
+        """(N,) pixels."""
+        return self._ints("width")
+
+    @cached_property
+    def heights(self) -> Ints:
+        """(N,) pixels."""
+        return self._ints("height")
+
+    def split(self, name: str) -> Ints:
+        """Indices (n,) of a split's samples, ascending."""
+        if name not in SPLITS:
+            raise ValueError(f"no split '{name}'; there are {', '.join(SPLITS)}")
+        return np.flatnonzero(self._objects("split") == name).astype(np.int64)
+
+    def summary(self) -> list[str]:
+        """Images, groups and images of each class per split, with their shares: lines to print."""
+        splits: dict[str, dict[str, Any]] = self.manifest["splits"]
+        rows = [["", "images", "groups", *self.classes]]
+        flat = {
+            name: [about["images"], about["groups"], *about["classes"].values()]
+            for name, about in splits.items()
+        }
+        totals = [sum(column) for column in zip(*flat.values(), strict=True)]
+        for name, counts in flat.items():
+            rows.append([name, *(f"{n:,} ({n / of:.1%})" for n, of in zip(counts, totals, strict=True))])
+        rows.append(["all", *(f"{total:,}" for total in totals)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+
+    @cached_property
+    def _coded_groups(self) -> tuple[tuple[str, ...], Ints]:
+        coded = self.samples["group"].combine_chunks().dictionary_encode()
+        return tuple(coded.dictionary.to_pylist()), coded.indices.to_numpy().astype(np.int64)
+
+    def _ints(self, column: str) -> Ints:
+        return np.asarray(self.samples[column], dtype=np.int64)
+
+    def _objects(self, column: str) -> NDArray[np.object_]:
+        return np.array(self.samples[column].to_pylist(), dtype=object)
