@@ -57,6 +57,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     raw = {} if raw is None else raw  # an empty file: all defaults
     if not isinstance(raw, dict):
         raise UserError(f"{path}: sections such as `train:` were expected, found {type(raw).__name__}")
+    raw = {key: {} if section is None else section for key, section in raw.items()}  # a bare `train:`
     source: dict[str, str] = {}
     for override in overrides:
         try:

@@ -32,7 +32,7 @@ def canonical(value: object) -> str:
 class Section(BaseModel):
     """What all sections share: frozen, typed, no unknown key, docstrings as help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Synthetic(Section):
@@ -174,7 +174,7 @@ class Loader(Section):
     prefetch: Count = 2
     """Batches prepared ahead."""
     max_bad: Share = 0.01
-    """Share of images read that may fail their checksum and be replaced, before the run ends."""
+    """Share of the set's images that training may replace for failing their checksum; elsewhere none may."""
 
 
 class Model(Section):

@@ -1,0 +1,233 @@
+"""`moleprint bench`: images a second of the loader, and of its peers in the same run on the same images."""
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
+from itertools import count
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+from tqdm import tqdm
+
+from configs.errors import UserError
+from configs.schema import Experiment
+from pipeline import augment, graph
+from pipeline.environment import environment
+from pipeline.loader import Loader, training_sampler
+from pipeline.peers import torchvision_batches
+from pipeline.sampler import Sampler
+from pipeline.source import Source
+from shards.files import write_json
+from shards.shardset import ShardSet
+
+REFERENCE = "reference"
+TURNS = 6  # the fewest whose extremes hold the median with 95 % confidence: they miss it once in 2**5
+# Endless; gives the number of images of each batch once they are on the device.
+Contestant = Generator[int]
+
+
+def bench(
+    experiment: Experiment, json_file: Path | None, *, warm_up: float = 1.5, seconds: float = 3.0
+) -> None:
+    """Measure the loader and its peers, print a table, and write it as JSON where asked.
+
+    One process, all cores, and the first GPU if there is one. The contestants take turns, so that whatever
+    else the machine does falls on all of them.
+
+    Args:
+        json_file: gets a list of rows `{"name", "images_per_second", "low", "high", "ratio", …}`.
+        warm_up: seconds of each turn that do not count: the turn before may still be filling its queue.
+        seconds: seconds of each turn that count.
+
+    Raises:
+        UserError: if there is no shard set, a sample of it is damaged, a batch cannot be shared by the
+            classes, or `json_file` is a folder.
+    """
+    if json_file and json_file.is_dir():
+        raise UserError(f"{json_file}: a folder, where --json needs a file; add a name such as loader.json")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    shards = ShardSet.open(experiment.pack.output)
+    source = _read_once(shards)
+    with ExitStack() as stack:
+        contestants = {
+            name: stack.enter_context(closing(contestant))
+            for name, contestant in _contestants(experiment, shards, source, device).items()
+        }
+        rates = _take_turns(contestants, device, warm_up, seconds)
+    rows = [_row(name, rates) for name in rates]
+    settings = experiment.loader
+    about = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "size": settings.size,
+        "batch": settings.global_batch,
+        "turns": TURNS,
+        "seconds": seconds,
+        "shards_sha256": shards.sha256,
+        "environment": environment(),
+    }
+    print("\n".join(_table(rows, about)))
+    if json_file:
+        write_json(json_file, [row | about for row in rows])
+
+
+def _read_once(shards: ShardSet) -> Source:
+    """Check every training image's bytes; from here on all contestants find them in the page cache."""
+    source = Source(shards, max_bad=0)
+    for index in tqdm(shards.split("train"), desc="read", unit="image"):
+        source.fetch(np.array([index]))
+    return source
+
+
+def _contestants(
+    experiment: Experiment, shards: ShardSet, source: Source, device: torch.device
+) -> dict[str, Contestant]:
+    """All load the same images in the same order and batches, augmented as the configuration says."""
+    settings, seed = experiment.loader, experiment.train.seed
+    cores = len(os.sched_getaffinity(0))
+    threads = settings.threads or cores
+    sampler = training_sampler(shards, settings, seed=seed, world_size=1)
+    loader = Loader(
+        shards,
+        sampler,
+        settings,
+        augmentation=settings.augment,
+        seed=seed,
+        rank=0,
+        world_size=1,
+        device=device,
+        threads=threads,
+    )
+    plain = torchvision_batches(shards, sampler, settings, workers=cores, device=device)
+    contestants = {REFERENCE: (len(images) for images in plain), "moleprint": _batches(loader)}
+    gpu = device.index if device.type == "cuda" else None
+    if gpu is None:  # on a GPU the loader itself uses them
+        operators = graph.build(
+            _inputs(experiment, shards, sampler, source),
+            batch=settings.global_batch,
+            size=settings.size,
+            mean=settings.mean,
+            std=settings.std,
+            threads=threads,
+            prefetch=settings.prefetch,
+            one_pass=False,
+        )
+        contestants["moleprint, DALI operators"] = _runs(operators)
+    inputs = _inputs(experiment, shards, sampler, source)
+    contestants["decode only"] = _runs(
+        _decoder(inputs, settings.global_batch, threads, settings.prefetch, gpu)
+    )
+    return contestants
+
+
+def _inputs(
+    experiment: Experiment, shards: ShardSet, sampler: Sampler, source: Source
+) -> Callable[[], graph.Inputs]:
+    """What the loader feeds its graph, batch after batch."""
+    settings, seed, steps = experiment.loader, experiment.train.seed, count()
+
+    def inputs() -> graph.Inputs:
+        epoch, step = divmod(next(steps), sampler.steps)
+        data, index = source.fetch(sampler.batch(epoch, step))
+        plan = augment.draw(settings.augment, len(index), seed=seed, epoch=epoch, step=step)
+        matrices = plan.matrices(shards.widths[index], shards.heights[index], settings.size)
+        return data, matrices, np.ascontiguousarray(plan.colour)
+
+    return inputs
+
+
+def _decoder(
+    inputs: Callable[[], graph.Inputs], batch: int, threads: int, prefetch: int, gpu: int | None
+) -> Pipeline:
+    """Decodes and does nothing else: as fast as any pipeline with this decoder can be."""
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=prefetch
+    )
+    def decode() -> Any:
+        encoded = fn.external_source(lambda: inputs()[0], batch=True, dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(encoded, device="cpu" if gpu is None else "mixed", output_type=types.RGB)
+
+    pipeline: Pipeline = decode()
+    pipeline.build()
+    return pipeline
+
+
+def _batches(loader: Loader) -> Contestant:
+    while True:
+        for batch in loader.epoch():
+            yield len(batch.index)
+
+
+def _runs(pipeline: Pipeline) -> Contestant:
+    while True:
+        (images,) = pipeline.run()
+        yield len(images)
+
+
+def _take_turns(
+    contestants: dict[str, Contestant], device: torch.device, warm_up: float, seconds: float
+) -> dict[str, list[float]]:
+    """Name -> images a second of each of its turns."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    with tqdm(total=TURNS * len(contestants), unit="turn") as bar:
+        for _ in range(TURNS):
+            for name, contestant in contestants.items():
+                bar.set_description(name)
+                next(contestant)  # the first of all starts processes and compiles kernels
+                _rate(contestant, device, warm_up)
+                rates[name].append(_rate(contestant, device, seconds))
+                bar.set_postfix_str(f"{rates[name][-1]:,.0f} images/s")
+                bar.update()
+    return rates
+
+
+def _rate(contestant: Contestant, device: torch.device, seconds: float) -> float:
+    """Images a second over at least so many seconds, in whole batches."""
+    images, started = 0, perf_counter()
+    while perf_counter() - started < seconds:
+        images += next(contestant)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images / (perf_counter() - started)
+
+
+def _row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians over the turns; `ratio` is that of turns side by side, which share the machine's moods."""
+    ratios = [own / of for own, of in zip(rates[name], rates[REFERENCE], strict=True)]
+    return {
+        "name": name,
+        "images_per_second": median(rates[name]),
+        "low": min(rates[name]),
+        "high": max(rates[name]),
+        "ratio": median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
+
+
+def _table(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    """The rows, aligned, with what they mean."""
+    cores, size = about["environment"]["cores"], about["size"]
+    lines = [
+        f"{about['device']}, {cores} cores, {size} × {size} pixels, batches of {about['batch']}",
+        f"{'':27}{'images/s':>10}{'95 % interval':>20}{f'× {REFERENCE}':>14}{'95 % interval':>16}",
+    ]
+    for row in rows:
+        interval = f"{row['low']:,.0f} – {row['high']:,.0f}"
+        ratio_interval = f"{row['ratio_low']:.2f} – {row['ratio_high']:.2f}"
+        lines.append(
+            f"{row['name']:27}{row['images_per_second']:>10,.0f}{interval:>20}"
+            f"{row['ratio']:>14.2f}{ratio_interval:>16}"
+        )
+    turns = f"Medians of {about['turns']} turns of {about['seconds']:g} s, taken in rotation"
+    return [
+        *lines,
+        f"{turns}; the interval of a median spans all turns.",
+        f"{REFERENCE}: DataLoader with a worker a core, Pillow, torchvision transforms.",
+    ]

@@ -1,0 +1,51 @@
+"""The configurations that come with the project are valid, and say what they promise."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import dump, load
+from pipeline.sampler import check_world_size
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_the_promised_presets_are_there() -> None:
+    names = {path.stem for path in PRESETS}
+    assert names >= {"demo", "ham10000", "isic2020", "isic2020_reference"}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    experiment = load(path)
+    (tmp_path / "config.yaml").write_text(dump(experiment))
+    assert load(tmp_path / "config.yaml") == experiment
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_eight_ranks(path: Path) -> None:
+    experiment = load(path)
+    balanced = experiment.loader.sampler != "shuffle"
+    check_world_size(experiment.loader.global_batch, 8, len(experiment.pack.classes) if balanced else 1)
+
+
+def test_presets_do_not_share_folders() -> None:
+    experiments = [load(path) for path in PRESETS]
+    for folders in ([e.run.folder for e in experiments], [e.pack.output for e in experiments]):
+        assert len(set(folders)) == len(folders)
+
+
+def test_the_reference_is_the_published_recipe() -> None:
+    e = load(PRESETS[0].with_name("isic2020_reference.yaml"))
+    assert e.pack.group_column == "patient_id" and e.pack.undersample
+    assert (e.pack.ratios.train, e.pack.ratios.val, e.pack.ratios.test) == (0.7, 0.1, 0.2)
+    assert (e.pack.short_side, e.loader.size) == (256, 256)
+    assert e.loader.mean == e.loader.std == (0.5, 0.5, 0.5)
+    augment = e.loader.augment
+    assert augment.symmetries and augment.rotation > 0
+    assert min(augment.brightness, augment.contrast, augment.saturation, augment.hue) > 0
+    assert (e.model.backbone, e.model.embedding_dim) == ("resnet50", 512)
+    assert (e.loss.mining, e.loss.triplet, e.loss.classification) == ("random", 1, 0)
+    assert (e.train.epochs, e.classifier.epochs) == (100, 80)
+    assert (e.classifier.hidden, e.classifier.dropout, e.classifier.threshold) == ((256, 64), 0.4, "half")
+    assert not e.classifier.balanced
