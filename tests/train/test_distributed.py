@@ -1,0 +1,217 @@
+"""Several ranks give what one process gives: loss, gradients, embeddings, and a run's log and weights."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_resume import train_until
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.errors import UserError
+from configs.schema import Experiment, Loss
+from shards.shardset import ShardSet
+from train import encoder
+from train.distributed import World, barrier, broadcast, broadcast_buffers, gather, process_rank, world
+from train.embed import embed, evaluation_loader
+from train.learner import Learner
+from train.model import build
+
+WORLDS = (4, 2)
+BATCH, DIM = 16, 6
+OBJECTIVES = {
+    "random": Loss(mining="random", margin=0.3),
+    "semi_hard": Loss(mining="semi_hard", margin=0.3),
+    "batch_hard": Loss(mining="batch_hard", margin=0.3, classification=0.5),
+    "classification": Loss(triplet=0),
+    "triplet": Loss(classification=0, margin=0.3),
+}
+
+
+class Small(nn.Module):
+    """An encoder without batch statistics, so that a slice of a batch means what it means in the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.GELU(), nn.Flatten(), nn.Linear(5 * 36, DIM))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.layers(images), dim=1)
+
+
+def gradients(settings: Loss, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Loss, figures and every parameter's gradient of one step on this rank's slice of the batch."""
+    draw = torch.Generator().manual_seed(5)
+    images = torch.randn(BATCH, 3, 8, 8, generator=draw)
+    labels, uniform = torch.arange(BATCH) % 3 % 2, torch.rand(BATCH, 2, generator=draw)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        small = Small()
+    learner: nn.Module = Learner(
+        small,  # type: ignore[arg-type]
+        settings,
+        embedding_dim=DIM,
+        class_weights=torch.tensor([0.7, 1.9]),
+        seed=2,
+    )
+    names = [name for name, _ in learner.named_parameters()]
+    if size > 1:
+        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
+    mine = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    outcome = learner(images[mine], labels[mine], uniform, torch.float32)
+    outcome.loss.backward()
+    found = {name: p.grad.clone() for name, p in zip(names, learner.parameters(), strict=True)}
+    return found | outcome.figures | {"embeddings": outcome.embeddings, "labels": outcome.labels}
+
+
+def collectives(rank: int) -> dict[str, Any]:
+    """What the collectives give on this rank."""
+    module = nn.BatchNorm1d(2)
+    module.running_mean.fill_(rank)
+    module.num_batches_tracked.fill_(rank + 7)
+    broadcast_buffers(module)
+    barrier()
+    return {
+        "gather": gather(torch.tensor([[rank, 10 * rank]])),
+        "broadcast": broadcast({"rank": rank}),
+        "buffers": (module.running_mean, module.num_batches_tracked),
+    }
+
+
+def embeddings(experiment: Experiment, here: World) -> tuple[np.ndarray, np.ndarray]:
+    """(index, vectors) of the validation split by a fresh encoder."""
+    shards = ShardSet.open(experiment.pack.output)
+    loader = evaluation_loader(shards, shards.split("val"), experiment, here)
+    return embed(build(experiment.model, seed=3), loader, precision=torch.float32)
+
+
+def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment) -> None:
+    """All that one rank does, in groups of 4 and then of 2."""
+    torch.set_num_threads(1)
+    for world_size in WORLDS:
+        store = folder / f"store-{world_size}"
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
+        here = World(rank, world_size, rank, world_size)
+        found = {name: gradients(settings, rank, world_size) for name, settings in OBJECTIVES.items()}
+        results = (found, collectives(rank), embeddings(whole, here))
+        torch.save(results, folder / f"rank-{rank}-of-{world_size}.pt")
+        if world_size == 2:
+            encoder.run(whole, here)
+            train_until(7, cut, here)
+            encoder.run(cut, here)
+        dist.destroy_process_group()
+        if rank >= 2:
+            return
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_experiment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder with every rank's results and two runs of 2 ranks; the modules are loaded once for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = (4, folder, tiny_experiment(folder / "whole"), tiny_experiment(folder / "cut"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.encoder"])
+    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=150)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * 4
+    yield folder
+
+
+def results(folder: Path, size: int) -> list[Any]:
+    """What each rank of a group of `size` found."""
+    return [torch.load(folder / f"rank-{rank}-of-{size}.pt", weights_only=False) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_of_many_ranks_are_those_of_one(size: int, name: str, ranks: Path) -> None:
+    expected = gradients(OBJECTIVES[name], 0, 1)
+    assert expected["encoder.layers.0.weight"].abs().max() > 1e-3
+    assert ("head.weight" in expected) == (OBJECTIVES[name].classification > 0)
+    for found, _, _ in results(ranks, size):
+        assert found[name].keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[name][key], value, atol=1e-5, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_collectives(size: int, ranks: Path) -> None:
+    for _, found, _ in results(ranks, size):
+        assert found["gather"].tolist() == [[rank, 10 * rank] for rank in range(size)]
+        assert found["broadcast"] == {"rank": 0}
+        mean, count = found["buffers"]
+        assert mean.tolist() == [0, 0] and count == 7
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_embeddings_of_many_ranks_are_those_of_one(
+    size: int, ranks: Path, tiny_experiment: Any, tiny_shards: ShardSet
+) -> None:
+    index, vectors = embeddings(tiny_experiment(ranks), World())
+    assert np.array_equal(index, tiny_shards.split("val")) and len(index) % 8
+    for _, _, (its_index, its_vectors) in results(ranks, size):
+        assert np.array_equal(its_index, index)
+        np.testing.assert_allclose(its_vectors, vectors, atol=1e-5)
+
+
+def test_a_run_of_two_ranks_resumes_exactly(ranks: Path) -> None:
+    whole, cut = ((ranks / name / "encoder.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    logged = [
+        [json.loads(line) for line in (ranks / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    keys = ("step", "loss", "val_roc_auc", "grad_norm", "spread")
+    assert len(logged[0]) == 8 + 2  # rank 1 logged nothing
+    assert [[row.get(k) for k in keys] for row in logged[0]] == [
+        [row.get(k) for k in keys] for row in logged[1]
+    ]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    rows = torch.ones(2, 3)
+    with world() as here:
+        assert (here.rank, here.size, here.main, process_rank()) == (0, 1, True, 0)
+        assert not dist.is_initialized()
+        assert gather(rows) is rows and broadcast("x") == "x"
+        barrier()
+
+
+def test_a_group_is_left_also_after_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="bad"), world():
+        assert dist.is_initialized()
+        raise UserError("bad")
+    assert not dist.is_initialized()
+
+
+def test_threads_are_shared_among_the_ranks_of_a_host() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert World(local_size=1).threads(0) == cores
+    assert World(local_size=4 * cores).threads(0) == 1
+    assert World(local_size=2).threads(7) == 7

@@ -1,0 +1,104 @@
+"""The schedule, the groups of weight decay, and what a finished run says of itself."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from configs.schema import Train
+from shards.files import sha256
+from shards.shardset import ShardSet
+from train import encoder
+from train.centroids import Centroids
+from train.distributed import world
+from train.encoder import _decay_groups, learning_rate
+from train.runfolder import load_encoder
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    settings = Train(epochs=10, lr=0.5, warmup=2)
+    rates = [learning_rate(settings, step, 50) for step in range(500)]
+    assert rates[:100] == pytest.approx([0.5 * (step + 1) / 100 for step in range(100)])
+    cosine = [0.25 * (1 + math.cos(math.pi * step / 400)) for step in range(400)]
+    assert rates[100:] == pytest.approx(cosine)
+    assert learning_rate(settings, 500, 50) == learning_rate(settings, 900, 50) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("warmup", "epochs"), [(0, 1), (0.3, 2), (1, 1), (5, 3)])
+def test_any_warm_up_gives_a_usable_rate(warmup: float, epochs: int) -> None:
+    settings = Train(epochs=epochs, lr=1e-3, warmup=warmup)
+    rates = [learning_rate(settings, step, 7) for step in range(7 * epochs)]
+    assert all(0 < rate <= 1e-3 for rate in rates)
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    decayed, spared = _decay_groups(module, 0.1)
+    assert [len(decayed["params"]), len(spared["params"])] == [2, 4]
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
+
+
+def test_the_centroid_score_is_a_difference_of_cosines() -> None:
+    centroids = Centroids(3, 2, torch.device("cpu"))
+    vectors = torch.tensor([[1.0, 0], [1, 0], [0, 1], [-1, 0]])
+    centroids.add(vectors[:2], torch.tensor([0, 0]))
+    centroids.add(vectors[2:], torch.tensor([1, 2]))
+    score = centroids.score(np.array([[0, 1], [1, 0], [-1, 0]], np.float32), positive=1)
+    assert score.tolist() == pytest.approx([1, -1, -1])
+    other = Centroids(3, 2, torch.device("cpu"))
+    other.load(centroids.state())
+    centroids.clear()
+    assert (other.state() != centroids.state()).any() and (centroids.state() == 0).all()
+
+
+def test_the_encoder_says_what_it_was_made_from(trained: Path, tiny_shards: ShardSet) -> None:
+    loaded, about = load_encoder(trained, torch.device("cpu"))
+    assert not loaded.training
+    assert about["preprocessing"] == {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert (about["backbone"], about["embedding_dim"], about["epochs"]) == ("resnet18", 16, 2)
+    assert about["classes"] == list(tiny_shards.classes) and about["positive"] == tiny_shards.positive
+    assert about["shards_sha256"] == tiny_shards.sha256
+    assert about["encoder_sha256"] == sha256(trained / "encoder.safetensors")
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    best = max((row for row in rows if "val_roc_auc" in row), key=lambda row: row["val_roc_auc"])
+    assert about["validation_roc_auc"] == best["val_roc_auc"]
+    assert about["best_epoch"] == best["epoch"]
+
+
+def test_the_log_says_what_is_worth_watching(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert steps[0].keys() >= {
+        "triplet",
+        "classification",
+        "active_triplets",
+        "spread",
+        "lr",
+        "grad_norm",
+        "epoch",
+    }
+    for row in steps:
+        assert row["stage"] == "encoder" and row["replaced_samples"] == 0
+        assert row["loss"] == pytest.approx(row["triplet"] + row["classification"], rel=1e-5)
+        assert 0 <= row["data_wait"] <= 1 and row["images_per_second"] > 0 and row["grad_norm"] > 0
+    assert [row["lr"] for row in steps] == [learning_rate(Train(epochs=2), step, 4) for step in range(8)]
+
+
+def test_a_finished_run_knows_it_and_does_not_train_again(
+    trained: Path, tiny_experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny_experiment(trained)
+    assert encoder.finished(experiment)
+    assert encoder.finished(tiny_experiment(trained, evaluate={"seed": 3}))
+    assert not encoder.finished(tiny_experiment(trained, train={"epochs": 9}))
+    assert not encoder.finished(tiny_experiment(trained.parent / "none"))
+    before = sha256(trained / "encoder.safetensors")
+    monkeypatch.delattr(encoder.Trainer, "train_step")
+    with world() as here:
+        encoder.run(experiment, here)
+    assert sha256(trained / "encoder.safetensors") == before

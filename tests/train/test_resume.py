@@ -1,0 +1,144 @@
+"""An interrupted run ends as the uninterrupted one: the same weights, the same log."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import UserError
+from configs.load import dump
+from configs.schema import Experiment
+from pipeline.loader import Batch
+from train import encoder
+from train.distributed import World, world
+
+ROOT = Path(__file__).parents[2]
+CLOCK = {"time", "images_per_second", "data_wait", "val_seconds"}
+"""Figures of speed, which no two runs share."""
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def train(experiment: Experiment) -> None:
+    """Run the stage in this process."""
+    with world() as here:
+        encoder.run(experiment, here)
+
+
+def train_until(step: int, experiment: Experiment, here: World | None = None) -> None:
+    """Run the stage in this process, and end it once `step` steps are done."""
+    plain = encoder.Trainer.train_step
+
+    def stopping(trainer: encoder.Trainer, batch: Batch) -> Any:
+        if trainer.progress.step == step:
+            raise StoppedError
+        return plain(trainer, batch)
+
+    with mock.patch.object(encoder.Trainer, "train_step", stopping), pytest.raises(StoppedError):
+        encoder.run(experiment, here or World())
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """`metrics.jsonl` without the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
+
+
+def assert_equal_runs(folder: Path, reference: Path) -> None:
+    """Weights, what is said of them, every logged line, and the last checkpoint are equal."""
+    mine, theirs = load_file(folder / "encoder.safetensors"), load_file(reference / "encoder.safetensors")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert (folder / "encoder.json").read_text() == (reference / "encoder.json").read_text()
+    assert lines(folder) == lines(reference)
+    last, expected = (
+        torch.load(run / "checkpoints" / checkpoints(run)[-1], weights_only=True)
+        for run in (folder, reference)
+    )
+    for part in ("learner", "optimizer", "centroids"):
+        torch.testing.assert_close(last[part], expected[part], rtol=0, atol=0)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Names of a run's checkpoints, oldest first."""
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_a_run_leaves_what_it_promises(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} >= {"config.yaml", "environment.json", "encoder.json"}
+    assert checkpoints(trained) == ["step-00000006.pt", "step-00000008.pt"]
+    logged = lines(trained)
+    assert [row["step"] for row in logged if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in logged if "val_roc_auc" in row] == [4, 8]
+    assert len({row["loss"] for row in logged if "loss" in row}) == 8
+
+
+@pytest.mark.parametrize(("stop", "resumed_from"), [(5, 4), (7, 6)])
+def test_a_stopped_run_ends_as_the_whole_one(
+    stop: int,
+    resumed_from: int,
+    tiny_experiment: Any,
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    experiment = tiny_experiment(tmp_path / "run")
+    train_until(stop, experiment)
+    assert checkpoints(tmp_path / "run")[-1] == f"step-{resumed_from:08d}.pt"
+    train(experiment)
+    assert_equal_runs(tmp_path / "run", trained)
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over(
+    tiny_experiment: Any,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    experiment = tiny_experiment(tmp_path / "run")
+    train_until(7, experiment)
+    newest = tmp_path / "run/checkpoints/step-00000006.pt"
+    with newest.open("r+b") as file:
+        file.truncate(newest.stat().st_size // 2)
+    train(experiment)
+    assert "step-00000006.pt: damaged checkpoint passed over" in capsys.readouterr().out
+    assert_equal_runs(tmp_path / "run", trained)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_by_the_same_command(
+    tiny_experiment: Any, trained: Path, tmp_path: Path
+) -> None:
+    folder, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(dump(tiny_experiment(folder)))
+    command = [sys.executable, "-m", "train.encoder", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints/step-00000003.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "encoder.json").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    assert_equal_runs(folder, trained)
+
+
+def test_another_configuration_is_refused_by_its_keys(tiny_experiment: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train_until(4, tiny_experiment(folder))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"differing in loss\.margin, train\.lr; choose another run\.folder"):
+        train(
+            tiny_experiment(folder, loss={"mining": "random", "margin": 0.3}, train={"epochs": 2, "lr": 1e-4})
+        )
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

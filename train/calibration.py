@@ -1,0 +1,58 @@
+"""From logits to probabilities that mean what they say, and the point where they become a call."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row-wise softmax, (n, classes) -> (n, classes)."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def nll(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Mean negative log-likelihood of the labels, in nats."""
+    given = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(given, np.finfo(np.float64).tiny)).mean())
+
+
+def fit_temperature(
+    logits: NDArray[np.float64], labels: NDArray[np.int64], offset: NDArray[np.float64]
+) -> float:
+    """The T in [0.05, 20] that minimises the NLL of softmax(logits / T - offset).
+
+    Temperature scaling is Guo et al. 2017, "On Calibration of Modern Neural Networks". The offset is the
+    logarithm of the training loss's class weights: a weighted loss learns w_c p(c|x) up to a constant, and
+    subtracting it brings the probabilities back to the prevalence of the data (Elkan 2001).
+    """
+    given = logits[np.arange(len(labels)), labels].mean()
+    low, high = np.log(0.05), np.log(20.0)  # of beta = 1 / T, in which the NLL is convex: bisect its slope
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = (softmax(logits * np.exp(middle) - offset) * logits).sum(axis=1).mean()
+        low, high = (middle, high) if expected < given else (low, middle)
+    return float(np.exp(-(low + high) / 2))
+
+
+def choose_threshold(
+    scores: NDArray[np.float64], positives: NDArray[np.bool_], rule: str, sensitivity: float
+) -> float:
+    """The operating point, one of the scores: positive is called where score >= threshold.
+
+    Args:
+        scores: (n,) probability of the positive class.
+        positives: (n,) whether a sample is of that class; both kinds must be there.
+        rule: `youden` maximises sensitivity + specificity (Youden 1950), the highest threshold where several
+            do; `sensitivity` is the highest threshold that reaches `sensitivity`; `half` is 0.5.
+        sensitivity: what the rule `sensitivity` asks for, 0..1.
+    """
+    if rule == "half":
+        return 0.5
+    candidates, where = np.unique(-scores, return_inverse=True)  # highest first
+    caught = np.cumsum(np.bincount(where, positives)).astype(np.int64)
+    alarms = np.cumsum(np.bincount(where, ~positives)).astype(np.int64)
+    if rule == "sensitivity":
+        best = np.argmax(caught / caught[-1] >= sensitivity)
+    else:
+        best = np.argmax(caught * alarms[-1] - alarms * caught[-1])  # in integers, so that ties are ties
+    return float(-candidates[best])

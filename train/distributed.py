@@ -1,0 +1,133 @@
+"""The one module that reads the process environment, and the collectives that training needs."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Rank 0: the one that prints, tracks and writes."""
+        return self.rank == 0
+
+    def threads(self, asked: int) -> int:
+        """DALI threads of this rank: `asked`, or this host's cores shared among its ranks if 0."""
+        return asked or max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """Join the process group that torchrun describes (NCCL on GPUs, else gloo), and leave it at the end.
+
+    Without torchrun: one process, no group.
+    """
+    rank, size = process_rank(), _environment("WORLD_SIZE", 1)
+    local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
+    device = _device(local_rank, local_size)
+    if "RANK" in os.environ:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=30),
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        yield World(rank, size, local_rank, local_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def process_rank() -> int:
+    """This process's rank, known before any process group is."""
+    return _environment("RANK", 0)
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        # Ranks on one CPU share its cores; torch would otherwise take all of them in each.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        return torch.device("cpu")
+    if local_size > gpus:
+        raise UserError(f"{local_size} processes on a host with {gpus} GPUs; use --nproc-per-node={gpus}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks, in rank order.
+
+    Every rank computes the same loss of the same rows, so the gradient of its own rows is at hand and needs
+    no communication; it is scaled by the number of ranks because DDP then averages over them. The result is
+    the gradient of one process with the whole batch.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:
+        gathered = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        context.rows = len(rows)
+        return gathered
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        start = dist.get_rank() * context.rows
+        return gradients[0][start : start + context.rows] * dist.get_world_size()
+
+
+def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """(batch, …) of this rank -> (ranks × batch, …) of all; each rank must make the same loss of it."""
+    if not dist.is_initialized():
+        return rows
+    gathered: torch.Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """(batch, …) of this rank -> (ranks × batch, …) of all, without gradient."""
+    with torch.no_grad():
+        return gather_with_gradient(rows)
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value of a small picklable object, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each step."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

@@ -1,0 +1,115 @@
+"""Entry: every sample's embedding, once, whatever the number of ranks. Validation uses it too.
+
+torchrun --nproc-per-node=N -m train.embed CONFIG key=value …
+"""
+
+from typing import Any, Never
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from configs.errors import UserError
+from configs.schema import Experiment
+from pipeline.loader import Loader
+from pipeline.sampler import PADDING, Indices, Sequential
+from shards.files import sha256
+from shards.shardset import SPLITS, ShardSet
+from train.distributed import World, gather
+from train.embeddings import Embeddings, read_meta, write_embeddings
+from train.entry import start
+from train.model import Encoder, autocast_dtype
+from train.runfolder import load_encoder
+
+
+def evaluation_loader(shards: ShardSet, indices: Indices, experiment: Experiment, world: World) -> Loader:
+    """Each of `indices` once, in order, as they are. A damaged sample ends it: no other may stand in."""
+    settings = experiment.loader.model_copy(update={"max_bad": 0.0})
+    return Loader(
+        shards,
+        Sequential(indices, settings.global_batch),
+        settings,
+        augmentation=None,
+        seed=0,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        threads=world.threads(settings.threads),
+    )
+
+
+@torch.inference_mode()
+def embed(
+    encoder: Encoder, loader: Loader, *, precision: torch.dtype, progress: "tqdm[Never] | None" = None
+) -> tuple[Indices, NDArray[np.float32]]:
+    """One epoch of a sequential loader through the encoder.
+
+    Returns:
+        indices (n,) ascending and embeddings (n, dim), of all ranks, padding dropped; the same on every rank.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    vectors, index = [], []
+    for batch in loader.epoch():
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
+            vectors.append(encoder(images))
+        index.append(batch.index)
+        if progress is not None:
+            progress.update(int(len(batch.index) * loader.world_size))
+    encoder.train(was_training)
+    all_index = gather(torch.cat(index)).cpu().numpy()
+    all_vectors = gather(torch.cat(vectors)).cpu().numpy()
+    kept = np.flatnonzero(all_index != PADDING)
+    order = kept[np.argsort(all_index[kept], kind="stable")]
+    return all_index[order], all_vectors[order]
+
+
+def run(experiment: Experiment, world: World) -> None:
+    """Write RUN/embeddings/SPLIT.parquet for every split."""
+    shards = ShardSet.open(experiment.pack.output)
+    encoder, about = load_encoder(experiment.run.folder, world.device)
+    if about["shards_sha256"] != shards.sha256:
+        raise UserError(
+            f"{experiment.run.folder}: its encoder was trained on another shard set than {shards.folder}; "
+            "train again in another run.folder, or give the shard set it was trained on as pack.output"
+        )
+    indices = np.arange(len(shards))
+    precision = autocast_dtype(experiment.train.precision, world.device)
+    loader = evaluation_loader(shards, indices, experiment, world)
+    with tqdm(total=len(indices), desc="embed", unit="image", disable=not world.main) as progress:
+        index, vectors = embed(encoder, loader, precision=precision, progress=progress)
+    assert np.array_equal(index, indices), "every sample exactly once"
+    if world.main:
+        for split in SPLITS:
+            write_embeddings(experiment.run.folder, split, _of_split(shards, split, vectors, about))
+
+
+def finished(experiment: Experiment, shards: ShardSet) -> bool:
+    """Whether the run folder holds this encoder's embeddings of this shard set."""
+    folder = experiment.run.folder
+    try:
+        metas = [read_meta(folder, split) for split in SPLITS]
+        encoder = sha256(folder / "encoder.safetensors")
+    except (UserError, OSError):
+        return False
+    return all(m["encoder_sha256"] == encoder and m["shards_sha256"] == shards.sha256 for m in metas)
+
+
+def _of_split(
+    shards: ShardSet, split: str, vectors: NDArray[np.float32], about: dict[str, Any]
+) -> Embeddings:
+    index = shards.split(split)
+    return Embeddings(
+        index=index,
+        keys=shards.keys[index].tolist(),
+        groups=[shards.group_names[code] for code in shards.groups[index]],
+        labels=shards.labels[index],
+        vectors=vectors[index],
+        meta={key: about[key] for key in ("encoder_sha256", "shards_sha256", "classes", "positive")},
+    )
+
+
+if __name__ == "__main__":
+    start(run)
