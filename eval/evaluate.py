@@ -1,0 +1,237 @@
+"""A run's figures and report, from its embeddings and classifier: report/{metrics.json, report.html, …}.
+
+python: evaluate(load(Path("configs/demo.yaml")))
+shell:  moleprint evaluate configs/demo.yaml
+"""
+
+import base64
+import contextlib
+import csv
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+from tqdm import tqdm
+
+from configs import schema
+from configs.errors import UserError
+from eval import plots
+from eval.metrics import Bootstrap, Floats, Ranking, decide, figures
+from shards.files import write_json, write_text
+from train.classifier import Classifier, load
+from train.embeddings import Embeddings, embeddings_path, read_embeddings
+
+SPLITS = ("train", "val", "test")
+
+
+class Figures(Protocol):
+    """Where the report's figures go besides the run folder; `train.tracking.Tracker` is one."""
+
+    def figures(self, values: dict[str, float], pictures: dict[str, Path]) -> None:
+        """Record final values and pictures."""
+
+
+def evaluate(
+    experiment: schema.Experiment,
+    *,
+    tracker: Figures | None = None,
+    progress: bool = True,
+    notice: str = "",
+) -> dict[str, Any]:
+    """Evaluate the run on train, val and test, and write its report/ folder in one go.
+
+    Args:
+        experiment: what to evaluate; `experiment.run.folder` holds the embeddings and the classifier.
+        tracker: told the figures and pictures when the report is in place.
+        progress: show a bar.
+        notice: a sentence about the data that readers must not miss, such as that they are drawn.
+
+    Returns:
+        What report/metrics.json holds.
+
+    Raises:
+        UserError: if something is missing, stale, or a group lies in two splits.
+    """
+    run, settings = experiment.run.folder, experiment.evaluate
+    classifier = load(run)
+    data = {split: read_embeddings(run, split) for split in SPLITS}
+    _check(data, classifier, run)
+    probabilities = {split: classifier.probabilities(data[split].vectors) for split in SPLITS}
+    bootstrap = Bootstrap(settings.bootstrap, settings.confidence, settings.seed)
+    results: dict[str, Any] = {
+        "classes": classifier.classes,
+        "positive": classifier.classes[classifier.positive],
+        "threshold": classifier.threshold,
+        "threshold_rule": classifier.made_from["settings"]["threshold"],
+        "temperature": classifier.temperature,
+        "group": experiment.pack.group_column.removesuffix("_id").replace("_", " "),
+        "bootstrap": settings.model_dump(mode="json"),
+        "classifier_sha256": classifier.sha256,
+        "encoder_sha256": classifier.made_from["encoder_sha256"],
+        "shards_sha256": classifier.made_from["shards_sha256"],
+        "notice": notice,
+    }
+    total = sum(len(d.keys) for d in data.values())
+    with tqdm(total=total, unit="image", desc="evaluate", disable=not progress) as bar:
+        for split in SPLITS:
+            results[split] = figures(
+                probabilities[split],
+                data[split].labels,
+                data[split].group_codes(),
+                classes=classifier.classes,
+                positive=classifier.positive,
+                threshold=classifier.threshold,
+                bootstrap=bootstrap,
+            )
+            bar.update(len(data[split].keys))
+    with _replacing(run / "report") as folder:
+        write_json(folder / "metrics.json", results)
+        _write_predictions(folder / "predictions_test.csv", data["test"], probabilities["test"], classifier)
+        pictures = _draw(folder, data, probabilities["test"], classifier, results, bootstrap, run)
+        write_text(folder / "report.html", _page(results, pictures))
+    if tracker:
+        values = {
+            f"{split}/{name}": figure["value"]
+            for split in SPLITS
+            for name, figure in results[split].items()
+            if isinstance(figure, dict) and "value" in figure
+        }
+        tracker.figures(values, {name: run / "report" / path.name for name, path in pictures.items()})
+    return results
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The test figures as a few aligned lines for the console."""
+    test, positive, classes = results["test"], results["positive"], results["classes"]
+    share = test["class_counts"][positive] / test["images"]
+    size = f"{test['images']:,} images of {test['groups']:,} {results['group']}s, {share:.1%} {positive}"
+    lines = [f"test: {size}; [{results['bootstrap']['confidence']:.0%} interval over {results['group']}s]"]
+    chosen = f"at threshold {results['threshold']:.3f}, chosen on validation"
+    for title, name, remark in (
+        ("ROC-AUC", "roc_auc", ""),
+        ("PR-AUC", "pr_auc", f"chance {share:.3f}"),
+        ("accuracy", "accuracy", ""),
+        ("sensitivity", "sensitivity", chosen),
+        ("specificity", "specificity", chosen),
+    ):
+        lines.append(f"  {title:<12} {interval(test, name):<22} {remark}".rstrip())
+
+    width = max(12, *(len(name) + 2 for name in classes))
+    head = max(len(name) for name in (*classes, "true / called")) + 2
+    lines += ["", f"  {'true / called':<{head}}" + "".join(f"{name:>{width}}" for name in classes)]
+    for name, row in zip(classes, test["confusion_matrix"], strict=True):
+        lines.append(f"  {name:<{head}}" + "".join(f"{count:>{width},}" for count in row))
+
+    columns = ("precision", "recall", "f1")
+    lines += ["", f"  {'':<{head}}" + "".join(f"{column:>12}" for column in (*columns, "images"))]
+    for name in classes:
+        values = (test.get(f"{column}.{name}", {}).get("value") for column in columns)
+        cells = "".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in values)
+        lines.append(f"  {name:<{head}}{cells}{test['class_counts'][name]:>12,}")
+    return "\n".join(lines)
+
+
+def interval(split: dict[str, Any], name: str) -> str:
+    """`0.912 [0.880, 0.940]`, or why the figure is undefined."""
+    if name in split["undefined"]:
+        return f"undefined: {split['undefined'][name]}"
+    figure = split[name]
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _check(data: dict[str, Embeddings], classifier: Classifier, run: Path) -> None:
+    """Everything belongs together, and no group lies in two splits."""
+    for split, embeddings in data.items():
+        for key, thing in (("encoder_sha256", "encoder"), ("shards_sha256", "shard set")):
+            if embeddings.meta[key] != classifier.made_from[key]:
+                raise UserError(
+                    f"{embeddings_path(run, split)}: made from another {thing} than the classifier; "
+                    "run `moleprint embed CONFIG`, then `moleprint classify CONFIG`"
+                )
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        shared = sorted(set(data[one].groups) & set(data[other].groups))
+        if shared:
+            raise UserError(
+                f"{run / 'embeddings'}: {len(shared)} groups lie both in {one} and in {other}, such as "
+                f"'{shared[0]}', so the figures would flatter; pack again with `moleprint pack CONFIG`"
+            )
+
+
+def _draw(
+    folder: Path,
+    data: dict[str, Embeddings],
+    probabilities: Floats,
+    classifier: Classifier,
+    results: dict[str, Any],
+    bootstrap: Bootstrap,
+    run: Path,
+) -> dict[str, Path]:
+    """Draw every picture that the data allow; name -> file."""
+    test, classes, positive = data["test"], classifier.classes, classifier.positive
+    threshold, groups = classifier.threshold, test.group_codes()
+    scores, positives = probabilities[:, positive], test.labels == positive
+    ranking = Ranking(scores, positives, groups)
+    pictures = {name: folder / f"{name}.png" for name in ("confusion", "reliability", "scores")}
+    plots.confusion(pictures["confusion"], results["test"]["confusion_matrix"], classes)
+    plots.calibration(pictures["reliability"], scores, positives, groups, bootstrap)
+    plots.score_histogram(pictures["scores"], scores, test.labels, classes, positive, threshold)
+    if "roc_auc" in results["test"]:
+        pictures |= {name: folder / f"{name}.png" for name in ("roc", "precision_recall")}
+        plots.roc(pictures["roc"], ranking, groups, threshold, bootstrap)
+        plots.precision_recall(pictures["precision_recall"], ranking, groups, threshold)
+    if test.vectors.shape[1] >= 2:
+        pictures["embeddings"] = folder / "embeddings.png"
+        fitted = data["train"].vectors
+        plots.projection(pictures["embeddings"], fitted, test.vectors, test.labels, classes, positive)
+    if plots.training_curves(folder / "training.png", run / "metrics.jsonl"):
+        pictures["training"] = folder / "training.png"
+    return pictures
+
+
+def _write_predictions(path: Path, test: Embeddings, probabilities: Floats, classifier: Classifier) -> None:
+    classes, positive = classifier.classes, classifier.positive
+    called = decide(probabilities, positive, classifier.threshold)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["key", "group", "label", "probability", "decision"])
+        for i, (key, group) in enumerate(zip(test.keys, test.groups, strict=True)):
+            row = [
+                key,
+                group,
+                classes[test.labels[i]],
+                f"{probabilities[i, positive]:.6f}",
+                classes[called[i]],
+            ]
+            writer.writerow(row)
+
+
+def _page(results: dict[str, Any], pictures: dict[str, Path]) -> str:
+    """The report as one self-contained HTML page: pictures inlined, so that it can be mailed."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    inlined = {
+        name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        for name, path in pictures.items()
+    }
+    template = environment.get_template("report.html")
+    return template.render(results, results=results, pictures=inlined, splits=SPLITS, interval=interval)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; it takes the place of `folder` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        fresh = Path(name) / "new"
+        fresh.mkdir()
+        yield fresh
+        if folder.exists():
+            folder.rename(Path(name) / "old")
+        fresh.rename(folder)

@@ -1,0 +1,227 @@
+"""The report's pictures: PNGs drawn through matplotlib's object interface, in colours that colour-blind
+readers tell apart (Okabe & Ito 2008). No global state, no display needed."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from eval.metrics import Bools, Bootstrap, Floats, Ints, Ranking, reliability, roc_band
+
+INK, GREY, GRID = "#222222", "#767676", "#e6e6e6"
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+OTHERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+LOGIT_TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+SIZE = (4.8, 4.2)  # inches
+Place = Literal["best", "upper left", "upper right", "lower right"]
+Series = dict[str, list[tuple[float, float]]]
+
+
+def roc(path: Path, ranking: Ranking, groups: Ints, threshold: float, bootstrap: Bootstrap) -> None:
+    """ROC curve with its pointwise interval and the operating point."""
+    caught, alarms = (c[0] / c[0, -1] for c in ranking.counts(np.ones((1, int(groups.max()) + 1))))
+    figure, axes = _canvas("1 - specificity", "sensitivity")
+    grid, low, high = roc_band(ranking, groups, bootstrap)
+    label = f"{bootstrap.confidence:.0%} interval"
+    axes.fill_between(grid, low, high, color=BLUE, alpha=0.18, linewidth=0, label=label)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 4)), label="chance")
+    axes.plot(np.append(0, alarms), np.append(0, caught), color=BLUE, linewidth=1.8, label="test")
+    _operating_point(axes, ranking, threshold, alarms, caught)
+    _finish(figure, axes, path, "lower right", unit_square=True)
+
+
+def precision_recall(path: Path, ranking: Ranking, groups: Ints, threshold: float) -> None:
+    """Precision against recall, with the prevalence that a coin would reach."""
+    caught, alarms = (c[0] for c in ranking.counts(np.ones((1, int(groups.max()) + 1))))
+    recall, precision = caught / caught[-1], caught / (caught + alarms)
+    prevalence = precision[-1]
+    figure, axes = _canvas("recall (sensitivity)", "precision")
+    axes.axhline(
+        prevalence, color=GREY, linewidth=1, linestyle=(0, (4, 4)), label=f"prevalence {prevalence:.3f}"
+    )
+    axes.step(
+        np.append(0, recall),
+        np.append(precision[0], precision),
+        where="pre",
+        color=BLUE,
+        linewidth=1.8,
+        label="test",
+    )
+    _operating_point(axes, ranking, threshold, recall, precision)
+    _finish(figure, axes, path, "best", unit_square=True)
+
+
+def confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Counts, shaded by the share of their true class."""
+    counts = np.array(matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = max(4.2, 1.1 * len(classes) + 1.6)
+    figure, axes = _canvas("called", "true", (side + 0.4, side))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [_plain(name) for name in classes]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names, rotation=90, va="center")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for (row, column), share in np.ndenumerate(shares):
+        colour = "white" if share > 0.55 else INK
+        text = f"{counts[row, column]:,}\n{share:.1%}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=12, linespacing=1.5)
+    _finish(figure, axes, path)
+
+
+def calibration(path: Path, scores: Floats, positives: Bools, groups: Ints, bootstrap: Bootstrap) -> None:
+    """Share of positives against mean probability, in bins of as many samples."""
+    mean, share, low, high = reliability(scores, positives, groups, bootstrap)
+    top = 1.05 * min(1.0, float(max(mean.max(), np.nanmax(high))))
+    figure, axes = _canvas("mean probability in the bin", "share that is of the class")
+    axes.plot([0, top], [0, top], color=GREY, linewidth=1, linestyle=(0, (4, 4)), label="perfect")
+    error = [np.maximum(share - low, 0), np.maximum(high - share, 0)]
+    label = f"test, tenths of the images\nwith {bootstrap.confidence:.0%} interval"
+    axes.errorbar(mean, share, error, color=BLUE, fmt="o", markersize=4, linewidth=1, capsize=2, label=label)
+    axes.set_xlim(-0.02 * top, top)
+    axes.set_ylim(-0.02 * top, top)
+    _finish(figure, axes, path, "upper left")
+
+
+def score_histogram(
+    path: Path, scores: Floats, labels: Ints, classes: Sequence[str], positive: int, threshold: float
+) -> None:
+    """Each class's own distribution of the positive probability, and the threshold.
+
+    Evenly spaced in log-odds, since the probabilities of a rare class crowd near zero.
+    """
+    figure, axes = _canvas(f"probability of {_plain(classes[positive])}", "share of the class")
+    extremes = np.clip([scores.min(), scores.max(), threshold], 1e-4, 1 - 1e-4)
+    odds = np.log(extremes / (1 - extremes))
+    edges = 1 / (1 + np.exp(-np.linspace(odds.min() - 0.5, odds.max() + 0.5, 43)))
+    axes.set_xscale("logit")
+    axes.set_xticks(LOGIT_TICKS, [f"{tick:g}" for tick in LOGIT_TICKS])
+    axes.set_xticks([], minor=True)
+    for index, (name, colour) in enumerate(zip(classes, _colours(classes, positive), strict=True)):
+        own = np.clip(scores[labels == index], edges[0], edges[-1])
+        heights = np.histogram(own, edges)[0] / max(len(own), 1)
+        axes.stairs(
+            heights, edges, fill=True, color=colour, alpha=0.5, label=f"{_plain(name)} ({len(own):,})"
+        )
+    axes.axvline(threshold, 0, 1 / 1.3, color=INK, linewidth=1.2, label=f"threshold {threshold:.3f}")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    _finish(figure, axes, path, "upper right")
+
+
+def projection(
+    path: Path,
+    fitted: NDArray[np.float32],
+    shown: NDArray[np.float32],
+    labels: Ints,
+    classes: Sequence[str],
+    positive: int,
+) -> None:
+    """`shown` (n, dim) with labels (n,) along the first two principal components of `fitted` (m, dim)."""
+    variances, directions = np.linalg.eigh(np.cov(fitted, rowvar=False, dtype=np.float64))  # ascending
+    x, y = ((shown - fitted.mean(axis=0, dtype=np.float64)) @ directions[:, :-3:-1]).T
+    first, second = variances[:-3:-1] / max(variances.sum(), np.finfo(float).tiny)
+    figure, axes = _canvas(
+        f"component 1 ({first:.0%} of variance)", f"component 2 ({second:.0%} of variance)"
+    )
+    for index, colour in sorted(enumerate(_colours(classes, positive)), key=lambda pair: pair[0] == positive):
+        own = labels == index  # the positive class last, on top
+        axes.scatter(x[own], y[own], s=9, color=colour, alpha=0.6, linewidths=0, label=_plain(classes[index]))
+    _finish(figure, axes, path, "best")
+
+
+def training_curves(path: Path, log: Path) -> bool:
+    """Losses and validation AUC of encoder and classifier from metrics.jsonl; False where it has none."""
+    panels = [
+        (stage, word, series)
+        for stage, curves in read_curves(log).items()
+        for word in ("loss", "auc")
+        if (series := {name: points for name, points in curves.items() if word in name})
+    ]
+    if not panels:
+        return False
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.8 * columns, 3.1 * rows), layout="constrained")
+    for place, (stage, word, series) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        _dress(axes, "epoch", word.replace("auc", "AUC"))
+        axes.set_title(stage, loc="left", fontsize=10, color=INK)
+        for (name, points), colour in zip(sorted(series.items()), OTHERS * len(series), strict=False):
+            axes.plot(*np.array(points).T, color=colour, linewidth=1.4, label=_plain(name))
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def read_curves(log: Path) -> dict[str, Series]:
+    """stage -> name -> [(epoch, value)] of a metrics.jsonl; what a resumed run did again counts once."""
+    curves: dict[str, Series] = defaultdict(lambda: defaultdict(list))
+    if not log.exists():
+        return curves
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            stage, at = row["stage"], float(row.get("epoch", row["step"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut short by a crash, or one that is no figure of an epoch
+        for name, value in row.items():
+            if name in ("stage", "step", "epoch") or not isinstance(value, int | float):
+                continue
+            points = curves[stage][name]
+            while points and points[-1][0] >= at:
+                points.pop()
+            points.append((at, value))
+    return curves
+
+
+def _canvas(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(color=GREY, labelcolor=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _operating_point(axes: Axes, ranking: Ranking, threshold: float, x: Floats, y: Floats) -> None:
+    at = int((ranking.thresholds >= threshold).sum()) - 1
+    if at >= 0:
+        label = f"threshold {threshold:.3f}"
+        axes.plot(x[at], y[at], "o", color=VERMILLION, markersize=7, linestyle="none", label=label)
+
+
+def _finish(
+    figure: Figure, axes: Axes, path: Path, legend: Place | None = None, unit_square: bool = False
+) -> None:
+    if unit_square:
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_ylim(-0.01, 1.02)
+    if legend:
+        axes.legend(loc=legend, frameon=False, fontsize=9, labelcolor=INK)
+    figure.savefig(path, dpi=150)
+
+
+def _colours(classes: Sequence[str], positive: int) -> list[str]:
+    others = iter(OTHERS * len(classes))
+    return [VERMILLION if index == positive else next(others) for index in range(len(classes))]
+
+
+def _plain(name: str) -> str:
+    """A name with no mathematics in it."""
+    return name.replace("$", r"\$")

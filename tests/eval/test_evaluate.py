@@ -1,0 +1,230 @@
+"""The report: whole or absent, complete, self-contained, escaped, and never from parts that do not belong."""
+
+import csv
+import html.parser
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import confusion_matrix, roc_auc_score
+
+from configs.errors import UserError
+from configs.schema import Experiment
+from eval import evaluate as module
+from eval.evaluate import evaluate, headline
+from eval.plots import read_curves, training_curves
+from train.classifier import fit, load
+from train.embeddings import Embeddings, read_embeddings, write_embeddings
+
+META = {"encoder_sha256": "e1", "shards_sha256": "s1", "classes": ["benign", "melanoma"], "positive": 1}
+PICTURES = {"roc", "precision_recall", "confusion", "reliability", "scores", "embeddings"}
+
+
+def write(run, split, n, seed, meta=META, labels=None, groups=None):
+    draw = np.random.default_rng(seed)
+    count = len(meta["classes"])
+    labels = draw.integers(0, count, n) if labels is None else labels
+    vectors = draw.normal(size=(n, 8)).astype(np.float32)
+    vectors[np.arange(n), labels] += 2
+    groups = groups or [f"{split}-{i // 4}" for i in range(n)]
+    keys = [f"{split}{i}" for i in range(n)]
+    write_embeddings(run, split, Embeddings(np.arange(n), keys, groups, labels, vectors, meta))
+
+
+def make(run: Path, meta=META) -> Experiment:
+    for seed, (split, n) in enumerate({"train": 160, "val": 60, "test": 80}.items()):
+        write(run, split, n, seed, meta)
+    experiment = Experiment.model_validate(
+        {"run": {"folder": run}, "classifier": {"epochs": 5, "hidden": (8,)}, "evaluate": {"bootstrap": 100}}
+    )
+    fit(experiment, progress=False)
+    return experiment
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return make(tmp_path / "run")
+
+
+def images(page: str) -> list[str]:
+    """Sources of the page's images; fails on a page that loads anything from elsewhere."""
+    sources = []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("script", "link", "iframe", "b-tag")
+            sources.extend(value for name, value in attrs if name in ("src", "href"))
+
+    Parser().feed(page)
+    return sources
+
+
+def test_figures_are_those_of_the_classifier_on_the_embeddings(experiment):
+    run = experiment.run.folder
+    results = evaluate(experiment, progress=False)
+    assert json.loads((run / "report/metrics.json").read_text()) == results
+    classifier, test = load(run), read_embeddings(run, "test")
+    scores = classifier.probabilities(test.vectors)[:, 1]
+    assert results["test"]["roc_auc"]["value"] == pytest.approx(roc_auc_score(test.labels, scores))
+    called = (scores >= classifier.threshold).astype(int)
+    assert results["test"]["confusion_matrix"] == confusion_matrix(test.labels, called).tolist()
+    assert (results["test"]["images"], results["test"]["groups"]) == (80, 20)
+    assert results["threshold"] == classifier.threshold and results["classifier_sha256"] == classifier.sha256
+    for split in ("train", "val", "test"):
+        for name in (
+            "roc_auc",
+            "pr_auc",
+            "accuracy",
+            "sensitivity",
+            "specificity",
+            "precision.melanoma",
+            "f1.benign",
+        ):
+            figure = results[split][name]
+            assert figure["low"] <= figure["value"] <= figure["high"] and math.isfinite(figure["value"])
+
+
+def test_the_report_folder_is_complete_and_self_contained(experiment):
+    run = experiment.run.folder
+    lines = [{"stage": "encoder", "step": i, "epoch": i / 2, "loss": 1 / (i + 1)} for i in range(6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = evaluate(experiment, progress=False, notice="Drawn, not photographed.")
+    names = {path.name for path in (run / "report").iterdir()}
+    assert names == {f"{name}.png" for name in PICTURES | {"training"}} | {
+        "metrics.json",
+        "predictions_test.csv",
+        "report.html",
+    }
+    page = (run / "report/report.html").read_text()
+    sources = images(page)
+    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert "Drawn, not photographed." in page and "not a medical device" in page
+    for name in ("roc_auc", "pr_auc", "sensitivity", "specificity"):
+        assert f"<b>{results['test'][name]['value']:.3f}</b>" in page
+    for path in (run / "report").glob("*.png"):
+        with Image.open(path) as picture:
+            grey = np.asarray(picture.convert("L"))
+        assert grey.shape[0] > 400 and grey.std() > 5, f"{path.name} is blank"
+
+
+def test_predictions_hold_every_test_sample(experiment):
+    evaluate(experiment, progress=False)
+    run = experiment.run.folder
+    with (run / "report/predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    classifier, test = load(run), read_embeddings(run, "test")
+    assert [row["key"] for row in rows] == test.keys and [row["group"] for row in rows] == test.groups
+    assert [row["label"] for row in rows] == [classifier.classes[label] for label in test.labels]
+    scores = classifier.probabilities(test.vectors)[:, 1]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(scores, abs=1e-6)
+    assert [row["decision"] == "melanoma" for row in rows] == (scores >= classifier.threshold).tolist()
+
+
+def test_a_second_report_takes_the_place_of_the_first_and_repeats_it(experiment):
+    run = experiment.run.folder
+    evaluate(experiment, progress=False)
+    first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    (run / "report/stale.png").write_text("from an older run")
+    evaluate(experiment, progress=False)
+    assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == first
+
+
+def test_a_failure_leaves_the_old_report_and_no_half_of_a_new_one(experiment, monkeypatch):
+    run = experiment.run.folder
+    evaluate(experiment, progress=False)
+    before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    listing = sorted(path.name for path in run.iterdir())
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_page", fail)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(experiment, progress=False)
+    assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
+    assert sorted(path.name for path in run.iterdir()) == listing
+
+
+def test_names_are_escaped_and_more_than_two_classes_work(tmp_path):
+    classes = ["nevus $x$", "<b-tag>keratosis", 'mel & "noma"']
+    experiment = make(tmp_path, {**META, "classes": classes, "positive": 2})
+    results = evaluate(experiment, progress=False, notice="<b-tag>notice")
+    page = (tmp_path / "report/report.html").read_text()
+    images(page)
+    assert (
+        "&lt;b-tag&gt;keratosis" in page
+        and "mel &amp; &#34;noma&#34;" in page
+        and "&lt;b-tag&gt;notice" in page
+    )
+    assert np.array(results["test"]["confusion_matrix"]).shape == (3, 3)
+    assert "<b-tag>keratosis" in headline(results)
+
+
+def test_a_test_split_without_the_positive_class_still_reports(experiment):
+    run = experiment.run.folder
+    write(run, "test", 20, 5, labels=np.zeros(20, np.int64))
+    results = evaluate(experiment, progress=False)
+    assert "roc_auc" not in results["test"] and "melanoma" in results["test"]["undefined"]["roc_auc"]
+    assert not (run / "report/roc.png").exists()
+    assert "undefined: needs images with and without melanoma" in headline(results)
+    assert "needs images of melanoma" in (run / "report/report.html").read_text()
+
+
+def test_headline_tells_the_figures(experiment):
+    results = evaluate(experiment, progress=False)
+    text, test = headline(results), results["test"]
+    assert text.startswith("test: 80 images of 20 patients")
+    auc = test["roc_auc"]
+    assert f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]" in text
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["melanoma"])
+    assert [int(cell) for cell in row.split()[1:]] == test["confusion_matrix"][1]
+
+
+def test_the_tracker_gets_figures_and_pictures_that_exist(experiment):
+    class Recorder:
+        def figures(self, values, pictures):
+            assert set(pictures) == PICTURES and all(path.is_file() for path in pictures.values())
+            self.values = values
+
+    recorder = Recorder()
+    results = evaluate(experiment, tracker=recorder, progress=False)
+    assert recorder.values["test/roc_auc"] == results["test"]["roc_auc"]["value"]
+    assert recorder.values["val/f1.melanoma"] == results["val"]["f1.melanoma"]["value"]
+
+
+def test_it_refuses_what_does_not_belong_together(experiment):
+    run = experiment.run.folder
+    write(run, "test", 20, 5, {**META, "encoder_sha256": "e2"})
+    with pytest.raises(UserError, match=r"test\.parquet: made from another encoder than the classifier"):
+        evaluate(experiment, progress=False)
+    write(run, "test", 20, 5, {**META, "shards_sha256": "s2"})
+    with pytest.raises(UserError, match="made from another shard set"):
+        evaluate(experiment, progress=False)
+    write(run, "test", 20, 5, groups=["val-3"] * 20)
+    with pytest.raises(UserError, match=r"1 groups lie both in val and in test, such as 'val-3'"):
+        evaluate(experiment, progress=False)
+    (run / "embeddings/test.parquet").unlink()
+    with pytest.raises(UserError, match=r"moleprint embed CONFIG"):
+        evaluate(experiment, progress=False)
+    (run / "classifier.json").unlink()
+    with pytest.raises(UserError, match=r"moleprint classify CONFIG"):
+        evaluate(experiment, progress=False)
+    assert not (run / "report").exists()
+
+
+def test_curves_of_a_resumed_run_count_each_epoch_once(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    rows = [{"stage": "encoder", "step": s, "epoch": s / 10, "loss": 9.0} for s in (10, 20, 30)]
+    rows += [
+        {"stage": "encoder", "step": s, "epoch": s / 10, "loss": 1.0, "note": "resumed"} for s in (20, 30)
+    ]
+    rows += [{"stage": "classifier", "step": 5, "val_roc_auc": 0.7}, {"other": 1}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "encoder", "st')
+    curves = read_curves(log)
+    assert curves["encoder"] == {"loss": [(1.0, 9.0), (2.0, 1.0), (3.0, 1.0)]}
+    assert curves["classifier"] == {"val_roc_auc": [(5.0, 0.7)]}
+    assert training_curves(tmp_path / "curves.png", log) and (tmp_path / "curves.png").is_file()
+    assert not training_curves(tmp_path / "none.png", tmp_path / "missing.jsonl")
