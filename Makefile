@@ -19,7 +19,7 @@ $(UV):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(STAMP): requirements.lock pyproject.toml | $(UV)
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -44,6 +44,12 @@ lock: | $(UV) ## renew requirements.lock from pyproject.toml, keeping the three 
 	  --extra dev --constraint /dev/stdin --custom-compile-command 'make lock' \
 	  --output-file requirements.lock pyproject.toml
 
+gpu-check: setup ## on a machine with a GPU: its tests and benchmarks, a short table last
+	$(BIN)/python -m pytest tests/gpu -rs
+	test -e data/demo/images/metadata.csv || $(BIN)/moleprint synthesize configs/demo.yaml
+	test -e data/demo/shards/dataset.json || $(BIN)/moleprint pack configs/demo.yaml
+	$(BIN)/moleprint bench configs/demo.yaml --json "$${OUT:-runs/gpu-check}/loader.json"
+
 clean: ## remove .venv, caches, the demo's data and runs
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info data/demo runs/demo
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info data/demo runs/demo runs/gpu-check
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

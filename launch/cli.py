@@ -1,0 +1,143 @@
+"""The `moleprint` command.
+
+moleprint VERB CONFIG [section.key=value …]
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.help import describe
+from configs.schema import Experiment
+from launch import stages
+from launch.torchrun import StageError
+
+# Stage verb: (its function, the sections it reads, what it does).
+STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str]] = {
+    "synthesize": (stages.synthesize, ("synthetic", "pack"), "draw a synthetic data set"),
+    "pack": (stages.pack, ("pack",), "pack a table and its images into shards"),
+    "train": (
+        stages.train,
+        ("pack", "loader", "model", "loss", "train", "tracking", "run"),
+        "train the encoder, or go on from its newest checkpoint",
+    ),
+    "embed": (
+        stages.embed,
+        ("pack", "loader", "train", "run"),
+        "embed every sample with the trained encoder",
+    ),
+    "classify": (
+        stages.classify,
+        ("classifier", "tracking", "run"),
+        "train the classifier on the embeddings",
+    ),
+    "evaluate": (stages.evaluate, ("evaluate", "tracking", "run"), "write the report"),
+    "run": (stages.run_all, tuple(Experiment.model_fields), "all stages, skipping what is finished"),
+}
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends it with status 2 and one line a mistake."""
+    if not sys.stderr.isatty():  # a log file: a progress line now and then, not ten a second
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
+    options = _parser().parse_args(arguments)
+    try:
+        options.action(options)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except StageError:  # the stage's own processes have said why
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; run it again: finished stages stay, training goes on from its checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "moleprint", description="From a table of dermoscopy photographs to a report. Not a medical device."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, text: str, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
+        fields = f"fields (section.key=value):\n\n{describe(sections)}" if sections else None
+        return verbs.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=fields,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    for name, (action, sections, text) in STAGE_VERBS.items():
+        verb = add(name, text, sections)
+        verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/demo.yaml")
+        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+        verb.set_defaults(action=lambda o, action=action: action(stages.Call.of(o.config, o.overrides)))
+
+    verb = add("demo", "the whole path on drawn lesions, in minutes", tuple(Experiment.model_fields))
+    verb.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to configs/demo.yaml"
+    )
+    verb.set_defaults(action=lambda o: stages.run_all(stages.Call.of(DEMO, o.overrides)))
+
+    verb = add("verify", "prove from the shards alone that a set is whole and does not leak")
+    verb.add_argument("folder", type=Path, metavar="FOLDER", help="shard set")
+    verb.add_argument("--quick", action="store_true", help="skip decoding every image")
+    verb.set_defaults(action=_verify)
+
+    verb = add("predict", "melanoma probability of image files")
+    verb.add_argument(
+        "run", type=Path, metavar="RUN", help="run folder with a trained encoder and classifier"
+    )
+    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="CSV to write; printed if not given")
+    verb.set_defaults(action=_predict)
+
+    verb = add("doctor", "check this machine")
+    verb.set_defaults(action=_doctor)
+
+    verb = add("bench", "images/s of the loader beside a plain PyTorch one", ("pack", "loader"))
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file whose shard set is read")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
+    verb.set_defaults(action=_bench)
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from shards.verify import verify
+
+    print("\n".join(verify(options.folder, quick=options.quick)))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from eval.predict import predict, write
+
+    write(predict(options.run, options.images), options.output)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from launch.doctor import examine
+
+    sys.exit(examine())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pipeline.benchmark import bench
+
+    bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The stages of an experiment, what says that one is finished, and all of them in a row.
+
+synthesize -> pack -> train -> embed -> classify -> evaluate
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.load import load
+from configs.schema import Experiment
+from launch.torchrun import torchrun
+
+
+@dataclass(frozen=True)
+class Call:
+    """An experiment as the user named it; a stage under torchrun is given the same words."""
+
+    config: Path
+    overrides: Sequence[str]
+    experiment: Experiment
+
+    @classmethod
+    def of(cls, config: Path, overrides: Sequence[str]) -> "Call":
+        """Load the experiment; raises UserError."""
+        return cls(config, overrides, load(config, overrides))
+
+    def torchrun(self, module: str) -> None:
+        """Run a stage of it on `train.processes` processes."""
+        torchrun(module, [str(self.config), *self.overrides], processes=self.experiment.train.processes)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from the table to the report."""
+
+    name: str
+    run: Callable[[Call], None]
+    finished: Callable[[Call], bool]
+
+
+def run_all(call: Call) -> None:
+    """Every stage that is not finished."""
+    for stage in STAGES:
+        if stage.finished(call):
+            print(f"── {stage.name}: finished before", flush=True)
+        else:
+            print(f"── {stage.name}", flush=True)
+            stage.run(call)
+
+
+def synthesize(call: Call) -> None:
+    """Draw the synthetic data set."""
+    from launch.synthetic import NOTICE
+    from launch.synthetic import synthesize as draw
+
+    if call.experiment.synthetic is None:
+        raise UserError(f"{call.config}: has no `synthetic` section, so there is nothing to draw")
+    table = draw(call.experiment.synthetic, call.experiment.pack)
+    print(f"{table.parent}\n{NOTICE}")
+
+
+def _synthesized(call: Call) -> bool:
+    settings = call.experiment.synthetic
+    return settings is None or (settings.output / "metadata.csv").exists()
+
+
+def pack(call: Call) -> None:
+    """Pack table and images into shards."""
+    from shards.pack import pack as make
+
+    shards = make(call.experiment.pack)
+    print("\n".join([str(shards.folder), *shards.summary()]))
+
+
+def _packed(call: Call) -> bool:
+    from shards.pack import check_made_by
+    from shards.shardset import MANIFEST, ShardSet
+
+    settings = call.experiment.pack
+    if not (settings.output / MANIFEST).exists():
+        return False
+    check_made_by(ShardSet.open(settings.output), settings)
+    return True
+
+
+def train(call: Call) -> None:
+    """Train the encoder; goes on from the newest checkpoint."""
+    call.torchrun("train.encoder")
+    print(f"encoder: {call.experiment.run.folder / 'encoder.safetensors'}")
+
+
+def _trained(call: Call) -> bool:
+    from train.encoder import finished
+
+    return finished(call.experiment)
+
+
+def embed(call: Call) -> None:
+    """Every sample's embedding."""
+    call.torchrun("train.embed")
+    print(f"embeddings: {call.experiment.run.folder / 'embeddings'}")
+
+
+def _embedded(call: Call) -> bool:
+    from shards.shardset import ShardSet
+    from train.embed import finished
+
+    return finished(call.experiment, ShardSet.open(call.experiment.pack.output))
+
+
+def classify(call: Call) -> None:
+    """Train the classifier on frozen embeddings."""
+    from train.classifier import fit
+    from train.embeddings import read_meta
+    from train.tracking import Tracker
+
+    read_meta(call.experiment.run.folder, "train")  # no run folder is made for a run that is not there
+    with Tracker(call.experiment, "classifier") as tracker:
+        fit(call.experiment, tracker=tracker)
+    print(f"classifier: {call.experiment.run.folder / 'classifier.safetensors'}")
+
+
+def _classified(call: Call) -> bool:
+    from train.classifier import finished
+
+    return finished(call.experiment)
+
+
+def evaluate(call: Call) -> None:
+    """Figures with intervals, and the report."""
+    from eval.evaluate import evaluate as report
+    from eval.evaluate import headline
+    from launch.synthetic import NOTICE
+    from train.classifier import load as load_classifier
+    from train.tracking import Tracker
+
+    load_classifier(call.experiment.run.folder)  # no run folder is made for a run that is not there
+    notice = NOTICE if call.experiment.synthetic else ""
+    with Tracker(call.experiment, "evaluate") as tracker:
+        figures = report(call.experiment, tracker=tracker, notice=notice)
+    print(f"\n{headline(figures)}\n")
+    print(f"report: {call.experiment.run.folder / 'report' / 'report.html'}")
+    if notice:
+        print(notice)
+
+
+STAGES = (
+    Stage("synthesize", synthesize, _synthesized),
+    Stage("pack", pack, _packed),
+    Stage("train", train, _trained),
+    Stage("embed", embed, _embedded),
+    Stage("classify", classify, _classified),
+    Stage("evaluate", evaluate, lambda call: False),  # seconds; always shown
+)
