@@ -81,9 +81,9 @@ class Trainer:
         self.steps = sampler.steps
         saved = checkpoint.load(self.folder / "checkpoints", self.fingerprint, say=world.main)
         self.progress, state = saved or (Progress(), None)
+        self._build(state)
         if world.main:
             runfolder.describe(experiment)
-        self._build(state)
         self.loader = Loader(
             self.shards,
             sampler,
