@@ -34,7 +34,7 @@ STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str
         ("classifier", "tracking", "run"),
         "train the classifier on the embeddings",
     ),
-    "evaluate": (stages.evaluate, ("evaluate", "tracking", "run"), "write the report"),
+    "evaluate": (stages.evaluate, ("pack", "evaluate", "tracking", "run"), "write the report"),
     "run": (stages.run_all, tuple(Experiment.model_fields), "all stages, skipping what is finished"),
 }
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("doctor", "check this machine")
     verb.set_defaults(action=_doctor)
 
-    verb = add("bench", "images/s of the loader beside a plain PyTorch one", ("pack", "loader"))
+    verb = add("bench", "images/s of the loader beside a plain PyTorch one", ("pack", "loader", "train"))
     verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file whose shard set is read")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
     verb.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
@@ -122,8 +122,9 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from eval.predict import predict, write
+    from eval.predict import check_output, predict, write
 
+    check_output(options.output)
     write(predict(options.run, options.images), options.output)
 
 

@@ -62,8 +62,16 @@ def synthesize(call: Call) -> None:
 
 
 def _synthesized(call: Call) -> bool:
+    from launch.synthetic import check_made_by
+    from shards.shardset import MANIFEST
+
     settings = call.experiment.synthetic
-    return settings is None or (settings.output / "metadata.csv").exists()
+    if settings is None:
+        return True
+    if not (settings.output / "metadata.csv").exists():  # once packed, the pictures may be gone
+        return (call.experiment.pack.output / MANIFEST).exists()
+    check_made_by(settings)
+    return True
 
 
 def pack(call: Call) -> None:
@@ -112,12 +120,14 @@ def _embedded(call: Call) -> bool:
 
 def classify(call: Call) -> None:
     """Train the classifier on frozen embeddings."""
+    from train import runfolder
     from train.classifier import fit
     from train.embeddings import read_meta
     from train.tracking import Tracker
 
     read_meta(call.experiment.run.folder, "train")  # no run folder is made for a run that is not there
-    with Tracker(call.experiment, "classifier") as tracker:
+    with runfolder.locked(call.experiment.run.folder), Tracker(call.experiment, "classifier") as tracker:
+        runfolder.describe(call.experiment)
         fit(call.experiment, tracker=tracker)
     print(f"classifier: {call.experiment.run.folder / 'classifier.safetensors'}")
 
@@ -132,16 +142,19 @@ def evaluate(call: Call) -> None:
     """Figures with intervals, and the report."""
     from eval.evaluate import evaluate as report
     from eval.evaluate import headline
-    from launch.synthetic import NOTICE
+    from shards.files import read_json
+    from train import runfolder
     from train.classifier import load as load_classifier
     from train.tracking import Tracker
 
-    load_classifier(call.experiment.run.folder)  # no run folder is made for a run that is not there
-    notice = NOTICE if call.experiment.synthetic else ""
-    with Tracker(call.experiment, "evaluate") as tracker:
+    run = call.experiment.run.folder
+    load_classifier(run)  # no run folder is made for a run that is not there
+    notice = read_json(run / "encoder.json", "moleprint train CONFIG").get("notice", "")
+    with runfolder.locked(run), Tracker(call.experiment, "evaluate") as tracker:
+        runfolder.describe(call.experiment)
         figures = report(call.experiment, tracker=tracker, notice=notice)
     print(f"\n{headline(figures)}\n")
-    print(f"report: {call.experiment.run.folder / 'report' / 'report.html'}")
+    print(f"report: {run / 'report' / 'report.html'}")
     if notice:
         print(notice)
 

@@ -2,15 +2,18 @@
 
 output/metadata.csv   invented patients, or a copy of the table given
 output/images/ID.jpg  drawn by launch.lesions
-output/README.txt     says that they are drawn
+output/NOTICE.txt     says that they are drawn; packing passes it on
+output/settings.json  what they were drawn with
 """
 
 import contextlib
 import csv
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,8 +22,10 @@ from configs.errors import UserError
 from configs.schema import Pack, Synthetic
 from launch.lesions import draw_files, generator
 from shards import records
+from shards.files import read_json
 from shards.workers import in_order
 
+SETTINGS = "settings.json"
 NOTICE = (
     "These images are drawn by a computer program, not photographed: they show no real skin and no real "
     "patient, and figures measured on them say nothing about medical use."
@@ -64,7 +69,8 @@ def synthesize(settings: Synthetic, columns: Pack, *, progress: bool = True) -> 
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
             folder = Path(scratch) / output.name
             (folder / "images").mkdir(parents=True)
-            (folder / "README.txt").write_text(f"{NOTICE}\n", encoding="utf-8")
+            (folder / "NOTICE.txt").write_text(f"{NOTICE}\n", encoding="utf-8")
+            (folder / SETTINGS).write_text(json.dumps(_recipe(settings), indent=2), encoding="utf-8")
             table = folder / "metadata.csv"
             if settings.table:
                 shutil.copyfile(settings.table, table)
@@ -78,6 +84,22 @@ def synthesize(settings: Synthetic, columns: Pack, *, progress: bool = True) -> 
             f"{output}: cannot be written ({error.strerror or error}); see synthetic.output"
         ) from None
     return settings.output / "metadata.csv"
+
+
+def check_made_by(settings: Synthetic) -> None:
+    """Raises UserError unless the pictures in `settings.output` are what `settings` would draw."""
+    drawn = read_json(settings.output / SETTINGS, "moleprint synthesize CONFIG, into another folder")
+    other = [f"synthetic.{key}" for key, value in _recipe(settings).items() if drawn.get(key) != value]
+    if other:
+        raise UserError(
+            f"{settings.output}: was drawn with another {', '.join(other)}; delete it to draw again, or set "
+            "synthetic.output to another folder"
+        )
+
+
+def _recipe(settings: Synthetic) -> dict[str, Any]:
+    """The settings that decide what is drawn."""
+    return settings.model_dump(mode="json", exclude={"output", "workers"})
 
 
 def _moles(table: Path, columns: Pack) -> list[tuple[str, str, bool]]:

@@ -12,13 +12,15 @@ class StageError(Exception):
 
 
 def torchrun(module: str, arguments: Sequence[str], *, processes: int) -> None:
-    """Run `python -m module arguments` on 0 or more processes: 0 is one a GPU, or one without any.
+    """Run `python -m module arguments` on several processes: 0 is one a GPU, or one without any.
 
     The same as `torchrun --standalone --nproc-per-node=N -m module arguments`.
 
     Raises:
         StageError: if a process ends with an error.
+        KeyboardInterrupt: if this process is told to end, by Ctrl-C or SIGTERM.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -37,9 +39,12 @@ def torchrun(module: str, arguments: Sequence[str], *, processes: int) -> None:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        # -P: a `train.py` in the user's folder is not ours.
+        elastic_launch(config, sys.executable)("-P", "-m", module, *arguments)
     except ChildFailedError:
         raise StageError(module) from None
+    except SignalException:
+        raise KeyboardInterrupt from None
 
 
 def process_count(asked: int) -> int:

@@ -12,7 +12,6 @@ class Purpose(IntEnum):
     OWN_PATIENT = 2
     AUGMENT = 3
     MINING = 4
-    WEIGHTS = 5
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, step: int = 0) -> np.random.Generator:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
+from configs.errors import UserError
 from configs.schema import Augment
 from configs.schema import Loader as Settings
 from pipeline import augment, graph
@@ -136,6 +137,11 @@ def training_sampler(shards: ShardSet, settings: Settings, *, seed: int, world_s
         UserError: if the ranks (and classes, for balanced samplers) cannot share the global batch.
     """
     indices, batch, steps = shards.split("train"), settings.global_batch, settings.steps_per_epoch
+    if batch < 2 * world_size:
+        raise UserError(
+            f"loader.global_batch={batch} leaves {world_size} ranks less than 2 images each, and one has no "
+            f"statistics; set it to {2 * world_size} or more"
+        )
     if settings.sampler == "shuffle":
         check_world_size(batch, world_size)
         return Shuffle(indices, batch, seed=seed, steps=steps)

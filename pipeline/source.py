@@ -1,13 +1,15 @@
 """Encoded bytes by sample index, straight from the memory-mapped shards, each checked against its CRC."""
 
 import mmap
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from configs.errors import DamagedDataError, UserError
+from configs.errors import DamagedDataError
 from pipeline.sampler import Indices
 from shards.shardset import SPLITS, ShardSet
 
@@ -65,6 +67,11 @@ class Source:
         for candidate in np.roll(alike, -int(np.searchsorted(alike, index)))[1:]:
             if self._sound(int(candidate), self._bytes(int(candidate))):
                 self.substitutes[index] = int(candidate)
+                tqdm.write(
+                    f"{folder}: sample {key} is damaged, {self._shards.keys[candidate]} stands in for it; "
+                    "embedding will refuse the set, so look with `moleprint verify` now",
+                    sys.stderr,
+                )
                 return int(candidate)
         raise DamagedDataError(
             f"{folder}: sample {key} and all of its class and split are damaged; pack the set again"
@@ -76,4 +83,6 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); is the shard set complete?") from None
+        raise DamagedDataError(
+            f"{path}: cannot be read ({error.strerror}); is the shard set complete?"
+        ) from None

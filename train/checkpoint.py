@@ -38,8 +38,6 @@ class Progress:
 
 def save(folder: Path, fingerprint: str, progress: Progress, tensors: dict[str, Any], *, keep: int) -> None:
     """Write `step-NNNNNNNN.pt`, then remove all but the newest `keep`."""
-    for half_written in folder.glob(".*.tmp"):  # by a process that was killed
-        half_written.unlink()
     state = {"fingerprint": fingerprint, "progress": asdict(progress), **tensors}
     with atomic(folder / f"step-{progress.step:08d}.pt") as file:
         torch.save(state, file)

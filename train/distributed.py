@@ -40,24 +40,28 @@ def world() -> Iterator[World]:
     Without torchrun: one process, no group.
     """
     rank, size = process_rank(), _environment("WORLD_SIZE", 1)
-    local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
-    device = _device(local_rank, local_size)
+    local, local_size = local_rank(), _environment("LOCAL_WORLD_SIZE", 1)
+    device = _device(local, local_size)
     if "RANK" in os.environ:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=30),
             device_id=device if device.type == "cuda" else None,
         )
-    try:
-        yield World(rank, size, local_rank, local_size, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield World(rank, size, local, local_size, device)
+    # Not after an error: the other ranks may be waiting in a collective, and this would wait for them.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def process_rank() -> int:
     """This process's rank, known before any process group is."""
     return _environment("RANK", 0)
+
+
+def local_rank() -> int:
+    """This process's rank on its host, known before any process group is."""
+    return _environment("LOCAL_RANK", 0)
 
 
 def _environment(name: str, default: int) -> int:
@@ -118,6 +122,29 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def check_equal(value: Any, what: str) -> None:
+    """Raises UserError if a rank holds another value than rank 0: they would train on apart, or hang."""
+    if not dist.is_initialized():
+        return
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    apart = [rank for rank, other in enumerate(values) if other != values[0]]
+    if apart:
+        raise UserError(
+            f"ranks {apart} have another {what} than rank 0; put run.folder and pack.output on storage that "
+            "all hosts share, and give all the same configuration"
+        )
+
+
+def total(value: int, device: torch.device) -> int:
+    """Sum over all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor(value, device=device)
+    dist.all_reduce(box)
+    return int(box)
 
 
 def barrier() -> None:

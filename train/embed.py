@@ -16,11 +16,11 @@ from pipeline.loader import Loader
 from pipeline.sampler import PADDING, Indices, Sequential
 from shards.files import sha256
 from shards.shardset import SPLITS, ShardSet
+from train import runfolder
 from train.distributed import World, gather
 from train.embeddings import Embeddings, read_meta, write_embeddings
 from train.entry import start
-from train.model import Encoder, autocast_dtype
-from train.runfolder import load_encoder
+from train.model import Encoder
 
 
 def evaluation_loader(shards: ShardSet, indices: Indices, experiment: Experiment, world: World) -> Loader:
@@ -57,7 +57,8 @@ def embed(
             vectors.append(encoder(images))
         index.append(batch.index)
         if progress is not None:
-            progress.update(int(len(batch.index) * loader.world_size))
+            left = int((progress.total or 0) - progress.n)  # the last batch is padded
+            progress.update(min(len(batch.index) * loader.world_size, left))
     encoder.train(was_training)
     all_index = gather(torch.cat(index)).cpu().numpy()
     all_vectors = gather(torch.cat(vectors)).cpu().numpy()
@@ -68,18 +69,24 @@ def embed(
 
 def run(experiment: Experiment, world: World) -> None:
     """Write RUN/embeddings/SPLIT.parquet for every split."""
+    with runfolder.locked(experiment.run.folder, main=world.main):
+        _run(experiment, world)
+
+
+def _run(experiment: Experiment, world: World) -> None:
     shards = ShardSet.open(experiment.pack.output)
-    encoder, about = load_encoder(experiment.run.folder, world.device)
+    encoder, about = runfolder.load_encoder(experiment.run.folder, world.device)
     if about["shards_sha256"] != shards.sha256:
         raise UserError(
             f"{experiment.run.folder}: its encoder was trained on another shard set than {shards.folder}; "
             "train again in another run.folder, or give the shard set it was trained on as pack.output"
         )
     indices = np.arange(len(shards))
-    precision = autocast_dtype(experiment.train.precision, world.device)
+    if world.main:
+        runfolder.describe(experiment)
     loader = evaluation_loader(shards, indices, experiment, world)
     with tqdm(total=len(indices), desc="embed", unit="image", disable=not world.main) as progress:
-        index, vectors = embed(encoder, loader, precision=precision, progress=progress)
+        index, vectors = embed(encoder, loader, precision=torch.float32, progress=progress)  # as predict does
     assert np.array_equal(index, indices), "every sample exactly once"
     if world.main:
         for split in SPLITS:

@@ -24,28 +24,31 @@ from configs.schema import Experiment
 from configs.schema import Train as Settings
 from pipeline.counter import Purpose, generator
 from pipeline.loader import Batch, Loader, training_sampler
-from shards.files import read_json
+from shards.files import read_json, sha256
 from shards.shardset import ShardSet
 from train import checkpoint, model, runfolder
 from train.centroids import Centroids
 from train.checkpoint import Progress
-from train.distributed import World, barrier, broadcast, broadcast_buffers
+from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, total
 from train.embed import embed, evaluation_loader
 from train.entry import start
-from train.learner import Learner, Outcome
+from train.learner import Learner, Outcome, spread
 from train.meter import Meter
 from train.tracking import Tracker
+
+DIVERGED = "lower train.lr, or set train.precision=float32; a new run.folder starts from the beginning"
 
 
 def run(experiment: Experiment, world: World) -> None:
     """Train from the newest checkpoint, or from the start, to the end; write the best encoder."""
-    trainer = Trainer(experiment, world)
-    with trainer.tracker:
-        while not trainer.finished:
-            trainer.train_epoch()
-            trainer.validate()
-            trainer.save()
-        trainer.export()
+    with runfolder.locked(experiment.run.folder, main=world.main):
+        trainer = Trainer(experiment, world)
+        with trainer.tracker:
+            while not trainer.finished:
+                trainer.train_epoch()
+                trainer.validate()
+                trainer.save()
+            trainer.export()
 
 
 def finished(experiment: Experiment) -> bool:
@@ -53,9 +56,11 @@ def finished(experiment: Experiment) -> bool:
     try:
         about = read_json(experiment.run.folder / "encoder.json", "moleprint train CONFIG")
         shards = ShardSet.open(experiment.pack.output)
-    except UserError:
+        weights = sha256(experiment.run.folder / "encoder.safetensors")
+    except (UserError, OSError):
         return False
-    return bool(about["made_from"] == json.loads(checkpoint.fingerprint(experiment, shards.sha256)))
+    made_from = json.loads(checkpoint.fingerprint(experiment, shards.sha256))
+    return bool(about["made_from"] == made_from and about["encoder_sha256"] == weights)
 
 
 def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
@@ -81,6 +86,8 @@ class Trainer:
         self.steps = sampler.steps
         saved = checkpoint.load(self.folder / "checkpoints", self.fingerprint, say=world.main)
         self.progress, state = saved or (Progress(), None)
+        check_equal((self.progress.step, self.steps, self.fingerprint), "checkpoint or configuration")
+        self.best: dict[str, torch.Tensor] = state["best"] if state else {}
         self._build(state)
         if world.main:
             runfolder.describe(experiment)
@@ -160,10 +167,11 @@ class Trainer:
                 self.progress.step += 1
                 bar.update(self.experiment.loader.global_batch)
                 self.meter.add(self.experiment.loader.global_batch, {**outcome.figures, "grad_norm": norm})
-                if self.progress.step % self.experiment.tracking.log_every == 0:
-                    bar.set_postfix_str(self._log(), refresh=False)
-                every = self.settings.checkpoint_every
-                if every and self.progress.step % every == 0 and self.progress.step % self.steps:
+                ended = self.progress.step % self.steps == 0
+                saving = self._due(self.settings.checkpoint_every) and not ended
+                if saving or ended or self._due(self.experiment.tracking.log_every):
+                    bar.set_postfix_str(self._log(), refresh=False)  # refuses a loss that is not finite
+                if saving:
                     self.save()
 
     def train_step(self, batch: Batch) -> tuple[Outcome, torch.Tensor]:
@@ -192,6 +200,8 @@ class Trainer:
         started = time.perf_counter()
         broadcast_buffers(self.encoder)
         index, vectors = embed(self.encoder, self.validation, precision=self.precision)
+        if not np.isfinite(vectors).all():
+            raise UserError(f"the encoder diverged in the epoch before step {self.progress.step}: {DIVERGED}")
         positive = self.shards.positive
         auc = broadcast(
             float(
@@ -202,14 +212,13 @@ class Trainer:
         self.progress.stale += 1
         if auc > self.progress.best_auc:
             self.progress.best_auc, self.progress.best_step, self.progress.stale = auc, self.progress.step, 0
-            if self.world.main:
-                self.encoder.save(self.folder / "checkpoints" / "best.safetensors")
+            self.best = {k: v.detach().cpu().clone() for k, v in self.encoder.state_dict().items()}
         self.tracker.log(
             self.progress.step,
             {
                 "epoch": self.progress.step / self.steps,
                 "val_roc_auc": auc,
-                "val_spread": float(np.sqrt(max(0.0, 1 - np.square(vectors.mean(0)).sum()))),
+                "val_spread": float(spread(torch.from_numpy(vectors))),
                 "val_seconds": time.perf_counter() - started,
             },
         )
@@ -227,6 +236,7 @@ class Trainer:
                 "learner": self.bare.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "centroids": self.centroids.state(),
+                "best": self.best,
             }
             folder = self.folder / "checkpoints"
             checkpoint.save(folder, self.fingerprint, self.progress, state, keep=self.settings.keep)
@@ -235,7 +245,7 @@ class Trainer:
         """Write the best encoder as the run's."""
         if not self.world.main:
             return
-        self.encoder.load(self.folder / "checkpoints" / "best.safetensors")
+        self.encoder.load_state_dict(self.best)
         loader = self.experiment.loader
         about = {
             **self.experiment.model.model_dump(include={"backbone", "embedding_dim"}),
@@ -247,10 +257,14 @@ class Trainer:
             "validation_roc_auc": self.progress.best_auc,
             "best_epoch": self.progress.best_step // self.steps,
             "epochs": self.progress.step // self.steps,
+            "notice": self.shards.notice,
             "made_from": json.loads(self.fingerprint),
         }
         runfolder.save_encoder(self.folder, self.encoder, about)
         self.tracker.figures({"best_val_roc_auc": self.progress.best_auc}, {})
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.progress.step % every == 0
 
     def _class_weights(self) -> torch.Tensor:
         """Weights (classes,) that make every class count the same in the batches that the sampler draws."""
@@ -274,14 +288,11 @@ class Trainer:
         """Log the steps since the last line; here alone the host waits for the device."""
         figures = self.meter.read()
         if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"loss is {figures['loss']} at step {self.progress.step}: "
-                "lower train.lr, or set train.precision=float32"
-            )
+            raise UserError(f"the loss is {figures['loss']} at step {self.progress.step}: {DIVERGED}")
         figures |= {
             "epoch": self.progress.step / self.steps,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "replaced_samples": float(len(self.loader.source.substitutes)),
+            "replaced_samples": total(len(self.loader.source.substitutes), self.world.device),
         }
         self.tracker.log(self.progress.step, figures)
         return f"loss {figures['loss']:.3f}, waiting {figures['data_wait']:.0%}"

@@ -14,7 +14,7 @@ import torch
 import wandb
 
 from configs.schema import Experiment
-from shards.files import atomic, write_json
+from shards.files import atomic, read_json, write_json
 
 
 class Tracker:
@@ -86,7 +86,7 @@ def _run_id(folder: Path, known: str | None) -> str:
     """The one W&B run of a run folder."""
     path = folder / "wandb.json"
     if path.exists():
-        return str(json.loads(path.read_text())["id"])
+        return str(read_json(path, "moleprint train CONFIG, after deleting it")["id"])
     run_id = known or uuid.uuid4().hex[:8]
     write_json(path, {"id": run_id})
     return run_id

@@ -98,6 +98,14 @@ def test_run_repeats_only_what_changed(folder: Path, moleprint, tmp_path: Path) 
     assert done.status == 0, done.err
     assert "── embed: finished before" in done.out
     assert "── classify\n" in done.out
+    assert "dropout: 0.1" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_drawn_data_are_called_so_whatever_the_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(folder / "run", tmp_path / "run")
+    done = moleprint("evaluate", DEMO, *tiny(folder), f"run.folder={tmp_path}/run", "synthetic=null")
+    assert done.status == 0, done.err
+    assert "drawn by a computer" in done.out
 
 
 def test_verify_and_doctor(folder: Path, moleprint) -> None:  # type: ignore[no-untyped-def]
@@ -161,10 +169,13 @@ MISTAKES = {
     "classify DEMO run.folder=nowhere": ["nowhere", "moleprint embed"],
     "evaluate DEMO run.folder=nowhere": ["nowhere", "moleprint classify"],
     "run DEMO pack.seed=5": ["pack.seed", "pack.output"],
+    "run DEMO synthetic.images=61": ["synthetic.images", "synthetic.output"],
+    "train DEMO loader.sampler=shuffle loader.global_batch=2 run.folder=new": ["global_batch=2", "2 ranks"],
     "run nowhere.yaml": ["nowhere.yaml", "configs/demo.yaml"],
     "verify nowhere": ["nowhere", "not a shard set"],
     "bench DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],
     "predict nowhere a.jpg": ["nowhere", "moleprint train"],
+    "predict nowhere a.jpg --output .": ["."],
 }
 
 

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.schema import Pack, Synthetic
 from launch import lesions, synthetic
 from launch.lesions import abcd, draw, patient_of, scene_of
-from launch.synthetic import NOTICE, synthesize
+from launch.synthetic import NOTICE, check_made_by, synthesize
 
 V2 = (
     "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,"
@@ -62,7 +62,7 @@ def invented(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 def test_bytes_do_not_depend_on_workers_but_on_the_seed(tmp_path: Path) -> None:
     alone, together = make(tmp_path / "a"), make(tmp_path / "b", workers=2)
-    assert len(alone) == 62
+    assert len(alone) == 63
     assert alone == together
     other = make(tmp_path / "c", seed=1)
     assert all(alone[name] != other[name] for name in alone if name.endswith(".jpg"))
@@ -110,7 +110,7 @@ def test_the_positive_class_is_the_one_named(tmp_path: Path) -> None:
 
 def test_images_are_jpegs_as_asked_and_a_notice_lies_beside_them(tmp_path: Path) -> None:
     files = make(tmp_path, images=3, patients=1, size=100)
-    assert files["README.txt"].decode().strip() == NOTICE
+    assert files["NOTICE.txt"].decode().strip() == NOTICE
     with Image.open(tmp_path / "drawn" / "images" / "SYN_0000000.jpg") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (100, 100))
         assert np.asarray(image).std() > 5
@@ -265,3 +265,11 @@ def test_nothing_half_written_stays_after_a_failure(
         make(tmp_path)
     assert len(calls) == 20
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_than_the_drawn_ones_are_named(tmp_path: Path) -> None:
+    settings = Synthetic(output=tmp_path / "drawn", images=8, patients=4, prevalence=0.5, size=32, workers=1)
+    synthesize(settings, Pack(), progress=False)
+    check_made_by(settings.model_copy(update={"workers": 2}))
+    with pytest.raises(UserError, match=r"drawn with another synthetic\.images; delete it"):
+        check_made_by(settings.model_copy(update={"images": 9}))

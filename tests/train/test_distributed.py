@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,17 @@ from configs.errors import UserError
 from configs.schema import Experiment, Loss
 from shards.shardset import ShardSet
 from train import encoder
-from train.distributed import World, barrier, broadcast, broadcast_buffers, gather, process_rank, world
+from train.distributed import (
+    World,
+    barrier,
+    broadcast,
+    broadcast_buffers,
+    check_equal,
+    gather,
+    process_rank,
+    total,
+    world,
+)
 from train.embed import embed, evaluation_loader
 from train.learner import Learner
 from train.model import build
@@ -83,8 +93,19 @@ def collectives(rank: int) -> dict[str, Any]:
     return {
         "gather": gather(torch.tensor([[rank, 10 * rank]])),
         "broadcast": broadcast({"rank": rank}),
+        "total": total(rank + 1, torch.device("cpu")),
+        "told": told(lambda: check_equal(min(rank, 1), "step")),
         "buffers": (module.running_mean, module.num_batches_tracked),
     }
+
+
+def told(check: Callable[[], None]) -> str:
+    """What the user is told, empty if all is well."""
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def embeddings(experiment: Experiment, here: World) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +181,8 @@ def test_collectives(size: int, ranks: Path) -> None:
     for _, found, _ in results(ranks, size):
         assert found["gather"].tolist() == [[rank, 10 * rank] for rank in range(size)]
         assert found["broadcast"] == {"rank": 0}
+        assert found["total"] == size * (size + 1) // 2
+        assert f"ranks {list(range(1, size))} have another step than rank 0" in found["told"]
         mean, count = found["buffers"]
         assert mean.tolist() == [0, 0] and count == 7
 
@@ -200,13 +223,18 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
         barrier()
 
 
-def test_a_group_is_left_also_after_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_error_does_not_wait_for_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving the group would: they may stand in a collective that this rank never comes to."""
     settings = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="bad"), world():
         assert dist.is_initialized()
         raise UserError("bad")
+    assert dist.is_initialized()
+    dist.destroy_process_group()
+    with world():
+        assert dist.is_initialized()
     assert not dist.is_initialized()
 
 
