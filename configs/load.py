@@ -48,7 +48,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value`, the value in YAML.
+        overrides: `section.key=value`, the value in YAML; `section=null` leaves an optional section out.
 
     Raises:
         UserError: naming every unknown key (with the nearest valid one), wrong type and bad value.
@@ -101,7 +101,8 @@ def _override(raw: dict[str, Any], override: str, source: dict[str, str]) -> lis
     """Put one `section.key=value` into the raw mapping and note in `source` where the key came from."""
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
-    if not equals or not sections or not all((*sections, last)):
+    value, problems = _parse(text, f"'{override}'")
+    if not equals or not all((*sections, last)) or (not sections and value is not None):
         raise UserError(f"'{override}': expected section.key=value, such as train.epochs=30")
     target = raw
     for section in sections:
@@ -110,7 +111,7 @@ def _override(raw: dict[str, Any], override: str, source: dict[str, str]) -> lis
                 raise UserError(f"'{override}': '{section}' holds a value, not keys")
             target[section] = {}
         target = target[section]
-    target[last], problems = _parse(text, f"'{override}'")
+    target[last] = value
     source[key] = "command line"
     return problems
 

@@ -200,6 +200,12 @@ class Loss(Section):
     classification: NonNegative = 1.0
     """Weight of the class-balanced cross-entropy of a linear head, dropped after training."""
 
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> "Loss":
+        if not self.triplet and not self.classification:
+            raise ValueError("one of triplet and classification must be above 0")
+        return self
+
 
 class Train(Section):
     """How the encoder is trained."""

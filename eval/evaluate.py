@@ -19,11 +19,10 @@ from configs import schema
 from configs.errors import UserError
 from eval import plots
 from eval.metrics import Bootstrap, Floats, Ranking, decide, figures
-from shards.files import write_json, write_text
+from shards.files import write_json, write_text, writing
+from shards.shardset import SPLITS
 from train.classifier import Classifier, load
 from train.embeddings import Embeddings, embeddings_path, read_embeddings
-
-SPLITS = ("train", "val", "test")
 
 
 class Figures(Protocol):
@@ -52,7 +51,7 @@ def evaluate(
         What report/metrics.json holds.
 
     Raises:
-        UserError: if something is missing, stale, or a group lies in two splits.
+        UserError: if something is missing or stale, a group lies in two splits, or it cannot be written.
     """
     run, settings = experiment.run.folder, experiment.evaluate
     classifier = load(run)
@@ -60,19 +59,7 @@ def evaluate(
     _check(data, classifier, run)
     probabilities = {split: classifier.probabilities(data[split].vectors) for split in SPLITS}
     bootstrap = Bootstrap(settings.bootstrap, settings.confidence, settings.seed)
-    results: dict[str, Any] = {
-        "classes": classifier.classes,
-        "positive": classifier.classes[classifier.positive],
-        "threshold": classifier.threshold,
-        "threshold_rule": classifier.made_from["settings"]["threshold"],
-        "temperature": classifier.temperature,
-        "group": experiment.pack.group_column.removesuffix("_id").replace("_", " "),
-        "bootstrap": settings.model_dump(mode="json"),
-        "classifier_sha256": classifier.sha256,
-        "encoder_sha256": classifier.made_from["encoder_sha256"],
-        "shards_sha256": classifier.made_from["shards_sha256"],
-        "notice": notice,
-    }
+    results = _about(experiment, classifier, notice)
     total = sum(len(d.keys) for d in data.values())
     with tqdm(total=total, unit="image", desc="evaluate", disable=not progress) as bar:
         for split in SPLITS:
@@ -84,6 +71,7 @@ def evaluate(
                 positive=classifier.positive,
                 threshold=classifier.threshold,
                 bootstrap=bootstrap,
+                group=results["group"],
             )
             bar.update(len(data[split].keys))
     with _replacing(run / "report") as folder:
@@ -116,7 +104,7 @@ def headline(results: dict[str, Any]) -> str:
         ("sensitivity", "sensitivity", chosen),
         ("specificity", "specificity", chosen),
     ):
-        lines.append(f"  {title:<12} {interval(test, name):<22} {remark}".rstrip())
+        lines.append(f"  {title:<12} {interval(test, name):<21}  {remark}".rstrip())
 
     width = max(12, *(len(name) + 2 for name in classes))
     head = max(len(name) for name in (*classes, "true / called")) + 2
@@ -134,11 +122,30 @@ def headline(results: dict[str, Any]) -> str:
 
 
 def interval(split: dict[str, Any], name: str) -> str:
-    """`0.912 [0.880, 0.940]`, or why the figure is undefined."""
+    """`0.912 [0.880, 0.940]`, or why there is no interval, or why the figure is undefined."""
     if name in split["undefined"]:
         return f"undefined: {split['undefined'][name]}"
     figure = split[name]
+    if f"{name}.interval" in split["undefined"]:
+        return f"{figure['value']:.3f}, no interval: {split['undefined'][f'{name}.interval']}"
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _about(experiment: schema.Experiment, classifier: Classifier, notice: str) -> dict[str, Any]:
+    """What the figures of all splits have in common."""
+    return {
+        "classes": classifier.classes,
+        "positive": classifier.classes[classifier.positive],
+        "threshold": classifier.threshold,
+        "threshold_rule": classifier.made_from["settings"]["threshold"],
+        "temperature": classifier.temperature,
+        "group": experiment.pack.group_column.removesuffix("_id").replace("_", " "),
+        "bootstrap": experiment.evaluate.model_dump(mode="json"),
+        "classifier_sha256": classifier.sha256,
+        "encoder_sha256": classifier.made_from["encoder_sha256"],
+        "shards_sha256": classifier.made_from["shards_sha256"],
+        "notice": notice,
+    }
 
 
 def _check(data: dict[str, Embeddings], classifier: Classifier, run: Path) -> None:
@@ -179,7 +186,8 @@ def _draw(
     plots.score_histogram(pictures["scores"], scores, test.labels, classes, positive, threshold)
     if "roc_auc" in results["test"]:
         pictures |= {name: folder / f"{name}.png" for name in ("roc", "precision_recall")}
-        plots.roc(pictures["roc"], ranking, groups, threshold, bootstrap)
+        band = None if results["test"]["roc_auc"]["low"] is None else bootstrap
+        plots.roc(pictures["roc"], ranking, groups, threshold, band)
         plots.precision_recall(pictures["precision_recall"], ranking, groups, threshold)
     if test.vectors.shape[1] >= 2:
         pictures["embeddings"] = folder / "embeddings.png"
@@ -227,8 +235,7 @@ def _page(results: dict[str, Any], pictures: dict[str, Path]) -> str:
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A new folder to fill; it takes the place of `folder` when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
         fresh = Path(name) / "new"
         fresh.mkdir()
         yield fresh

@@ -93,10 +93,13 @@ def ratio(above: Floats, below: Floats) -> Floats:
 
 
 def decide(probabilities: Floats, positive: int, threshold: float) -> Ints:
-    """Called class of each sample, (n, C) -> (n,): by the threshold for two classes, else the likeliest."""
-    called: Ints = probabilities.argmax(axis=1)
-    if probabilities.shape[1] == 2:
-        called = np.where(probabilities[:, positive] >= threshold, positive, 1 - positive)
+    """Called class of each sample, (n, C) -> (n,).
+
+    The positive class where its probability reaches the threshold, else the likeliest of the others.
+    """
+    others = probabilities.copy()
+    others[:, positive] = -1
+    called: Ints = np.where(probabilities[:, positive] >= threshold, positive, others.argmax(axis=1))
     return called
 
 
@@ -115,6 +118,7 @@ def figures(
     positive: int,
     threshold: float,
     bootstrap: Bootstrap,
+    group: str = "group",
 ) -> dict[str, Any]:
     """Every figure of one split, ready for JSON.
 
@@ -126,10 +130,12 @@ def figures(
         positive: index of the class that the other figures are about.
         threshold: it is called where its probability reaches this.
         bootstrap: draws, coverage and seed of the intervals.
+        group: what a group is, such as `patient`, for the reasons in `undefined`.
 
     Returns:
         name -> {"value", "low", "high"}; counts: `images`, `groups`, `class_counts`, `confusion_matrix`;
-        `undefined`: name -> why a figure is left out; `undefined_draws`: name -> draws its interval lacks.
+        `undefined`: name -> why a figure is left out, `NAME.interval` -> why its low and high are None;
+        `undefined_draws`: name -> draws its interval lacks.
     """
     evaluated = _Evaluated(probabilities, labels, groups, len(classes), positive, threshold)
     chunks = defaultdict(list)
@@ -137,15 +143,19 @@ def figures(
         for name, values in evaluated.under(multiplicity, classes).items():
             chunks[name].append(values)
     rows: dict[str, Any] = {}
-    undefined, undefined_draws = {}, {}
+    undefined, undefined_draws = evaluated.undefined(classes, group), {}
     for name, parts in chunks.items():
+        if name in undefined:
+            continue
         value, drawn = parts[0][0], np.concatenate(parts[1:])
+        rows[name] = {"value": float(value), "low": None, "high": None}
         missing = int(np.isnan(drawn).sum())
-        if np.isnan(value) or missing == len(drawn):
-            undefined[name] = _why(name, classes[positive])
+        if missing == len(drawn):
+            undefined.setdefault(f"{name}.interval", "no draw defines it")
+        if f"{name}.interval" in undefined:
             continue
         low, high = bootstrap.interval(drawn)
-        rows[name] = {"value": float(value), "low": float(low), "high": float(high)}
+        rows[name] |= {"low": float(low), "high": float(high)}
         if missing:
             undefined_draws[name] = missing
     counts = np.bincount(labels, minlength=len(classes)).tolist()
@@ -167,18 +177,19 @@ class _Evaluated:
         self, probabilities: Floats, labels: Ints, groups: Ints, classes: int, positive: int, threshold: float
     ) -> None:
         scores, positives = probabilities[:, positive], labels == positive
+        self.positive = positive
         self.ranking = Ranking(scores, positives, groups)
         called = decide(probabilities, positive, threshold)
         self.confusion = _sums(groups, labels * classes + called, classes**2)  # (G, C * C)
-        self.flagged = _sums(groups, positives * 2 + (scores >= threshold), 4)  # (G, 4)
         self.squares = np.bincount(groups, (scores - positives) ** 2)  # (G,)
 
     def under(self, multiplicity: Floats, classes: Sequence[str]) -> dict[str, Floats]:
         """name -> (b,) values for multiplicities (b, G)."""
-        b, c = len(multiplicity), len(classes)
+        b, c, positive = len(multiplicity), len(classes), self.positive
         confusion = (multiplicity @ self.confusion).reshape(b, c, c)
         right, true, called = (np.einsum(p, confusion) for p in ("bii->bi", "bij->bi", "bij->bj"))
-        negatives_passed, alarms, missed, caught = (multiplicity @ self.flagged).T
+        negatives = true.sum(axis=1) - true[:, positive]
+        alarms = called[:, positive] - right[:, positive]
         recall, precision, f1 = ratio(right, true), ratio(right, called), ratio(2 * right, true + called)
         curve = self.ranking.counts(multiplicity)
         values = {
@@ -186,14 +197,49 @@ class _Evaluated:
             "pr_auc": average_precision(*curve),
             "accuracy": ratio(right.sum(axis=1), true.sum(axis=1)),
             "balanced_accuracy": recall.mean(axis=1),
-            "sensitivity": ratio(caught, caught + missed),
-            "specificity": ratio(negatives_passed, negatives_passed + alarms),
+            "sensitivity": recall[:, positive],
+            "specificity": ratio(negatives - alarms, negatives),
             "brier": ratio(multiplicity @ self.squares, true.sum(axis=1)),
         }
         for i, name in enumerate(classes):
             values |= {f"precision.{name}": precision[:, i], f"recall.{name}": recall[:, i]}
             values[f"f1.{name}"] = f1[:, i]
         return values
+
+    def undefined(self, classes: Sequence[str], group: str) -> dict[str, str]:
+        """name -> why it has no value; `NAME.interval` -> why it has no interval.
+
+        A figure divides by a count of some images. Where no group holds such images, it has no value. Where
+        one group holds them all, draws of groups repeat that group or lack it, and cannot tell how far the
+        figure would move with other groups.
+        """
+        confusion = self.confusion.reshape(-1, len(classes), len(classes))
+        true, called = confusion.any(axis=2), confusion.any(axis=1)  # (G, C) whether a group has such images
+        others = np.delete(true, self.positive, axis=1).any(axis=1)
+        everyone = (len(confusion), "")
+        of, calls, either = (
+            [(n, f" with images {what} {name}") for n, name in zip(has.sum(axis=0), classes, strict=True)]
+            for what, has in (("of", true), ("called", called), ("of or called", true | called))
+        )
+        positives = of[self.positive]
+        negatives = (others.sum(), f" with images that are not {classes[self.positive]}")
+        needs = {
+            "roc_auc": [positives, negatives],
+            "pr_auc": [positives],
+            "accuracy": [],
+            "balanced_accuracy": of,
+            "sensitivity": [positives],
+            "specificity": [negatives],
+            "brier": [],
+        }
+        for i, name in enumerate(classes):
+            needs |= {f"precision.{name}": [calls[i]], f"recall.{name}": [of[i]], f"f1.{name}": [either[i]]}
+        reasons = {}
+        for name, needed in needs.items():
+            count, what = min([everyone, *needed])
+            if count < 2:
+                reasons[f"{name}.interval" if count else name] = f"{('no', 'one')[count]} {group}{what}"
+        return reasons
 
 
 def roc_band(ranking: Ranking, groups: Ints, bootstrap: Bootstrap) -> tuple[Floats, Floats, Floats]:
@@ -211,7 +257,10 @@ def roc_band(ranking: Ranking, groups: Ints, bootstrap: Bootstrap) -> tuple[Floa
 def reliability(
     scores: Floats, positives: Bools, groups: Ints, bootstrap: Bootstrap, bins: int = 10
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """Mean score, share of positives, and its interval, in bins of about as many samples: each (bins,)."""
+    """Mean score, share of positives, and its interval, in bins of about as many samples: each (bins,).
+
+    The interval of a bin that a single group fills is nan.
+    """
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1]))
     where = np.unique(np.searchsorted(edges, scores, side="right"), return_inverse=True)[1]
     used = int(where.max()) + 1
@@ -219,25 +268,12 @@ def reliability(
     hits = _sums(groups[positives], where[positives], used, rows=len(sizes))
     shares = np.concatenate([ratio(m @ hits, m @ sizes) for m in bootstrap.resamples(groups)])
     mean = np.bincount(where, scores) / np.bincount(where)
-    return mean, shares[0], *bootstrap.interval(shares[1:])
+    lone = np.count_nonzero(sizes, axis=0) < 2
+    low, high = (np.where(lone, np.nan, end) for end in bootstrap.interval(shares[1:]))
+    return mean, shares[0], low, high
 
 
 def _sums(groups: Ints, cells: Ints, width: int, rows: int = 0) -> Floats:
     """Count of each (group, cell): (n,), (n,) -> (rows or G, width)."""
     rows = rows or int(groups.max()) + 1
     return np.bincount(groups * width + cells, minlength=rows * width).reshape(rows, width).astype(float)
-
-
-def _why(name: str, positive: str) -> str:
-    """Why a figure is undefined."""
-    kind, _, which = name.partition(".")
-    return {
-        "roc_auc": f"needs images with and without {positive}",
-        "pr_auc": f"needs images of {positive}",
-        "sensitivity": f"needs images of {positive}",
-        "specificity": f"needs images without {positive}",
-        "balanced_accuracy": "needs images of every class",
-        "precision": f"no image was called {which}",
-        "recall": f"no image is of {which}",
-        "f1": f"no image is of {which}, and none was called so",
-    }[kind]

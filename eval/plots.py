@@ -23,13 +23,14 @@ Place = Literal["best", "upper left", "upper right", "lower right"]
 Series = dict[str, list[tuple[float, float]]]
 
 
-def roc(path: Path, ranking: Ranking, groups: Ints, threshold: float, bootstrap: Bootstrap) -> None:
-    """ROC curve with its pointwise interval and the operating point."""
+def roc(path: Path, ranking: Ranking, groups: Ints, threshold: float, bootstrap: Bootstrap | None) -> None:
+    """ROC curve with the operating point and, given a bootstrap, its pointwise interval."""
     caught, alarms = (c[0] / c[0, -1] for c in ranking.counts(np.ones((1, int(groups.max()) + 1))))
     figure, axes = _canvas("1 - specificity", "sensitivity")
-    grid, low, high = roc_band(ranking, groups, bootstrap)
-    label = f"{bootstrap.confidence:.0%} interval"
-    axes.fill_between(grid, low, high, color=BLUE, alpha=0.18, linewidth=0, label=label)
+    if bootstrap:
+        grid, low, high = roc_band(ranking, groups, bootstrap)
+        label = f"{bootstrap.confidence:.0%} interval"
+        axes.fill_between(grid, low, high, color=BLUE, alpha=0.18, linewidth=0, label=label)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 4)), label="chance")
     axes.plot(np.append(0, alarms), np.append(0, caught), color=BLUE, linewidth=1.8, label="test")
     _operating_point(axes, ranking, threshold, alarms, caught)
@@ -79,11 +80,13 @@ def confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str
 def calibration(path: Path, scores: Floats, positives: Bools, groups: Ints, bootstrap: Bootstrap) -> None:
     """Share of positives against mean probability, in bins of as many samples."""
     mean, share, low, high = reliability(scores, positives, groups, bootstrap)
-    top = 1.05 * min(1.0, float(max(mean.max(), np.nanmax(high))))
+    top = 1.05 * min(1.0, float(np.nanmax([mean, share, high])))
     figure, axes = _canvas("mean probability in the bin", "share that is of the class")
     axes.plot([0, top], [0, top], color=GREY, linewidth=1, linestyle=(0, (4, 4)), label="perfect")
     error = [np.maximum(share - low, 0), np.maximum(high - share, 0)]
-    label = f"test, tenths of the images\nwith {bootstrap.confidence:.0%} interval"
+    label = "test, tenths of the images"
+    if np.isfinite(low).any():
+        label += f"\nwith {bootstrap.confidence:.0%} interval"
     axes.errorbar(mean, share, error, color=BLUE, fmt="o", markersize=4, linewidth=1, capsize=2, label=label)
     axes.set_xlim(-0.02 * top, top)
     axes.set_ylim(-0.02 * top, top)

@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from configs.errors import UserError
 from eval.metrics import decide
 from pipeline import augment, graph
 from shards.encode import Encoded, encode
-from shards.files import write_text
+from shards.files import write_text, writing
+from shards.records import SUFFIXES
 from train import classifier
 from train.runfolder import load_encoder
 
 BATCH = 32
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,21 @@ def predict(run: Path, images: Sequence[Path], *, progress: bool = True) -> list
     ]
 
 
+def check_output(output: Path | None) -> None:
+    """Refuse a file that `write` could not write, before time is spent on predictions for it.
+
+    Raises:
+        UserError: if something that is no file has its name, or nothing can be written where it would lie.
+    """
+    if output is None:
+        return
+    with writing(output):
+        if output.exists() and not output.is_file():
+            raise UserError(f"{output}: is there already and is not a file; name a CSV file to write")
+        folder = next(parent for parent in output.parents if parent.exists())
+        tempfile.TemporaryFile(dir=folder).close()  # tried: rights alone mean nothing to root
+
+
 def write(predictions: Sequence[Prediction], output: Path | None) -> None:
     """CSV of file, called class and probabilities: to a file, or printed."""
     text = io.StringIO()
@@ -96,7 +112,7 @@ def _files(given: Sequence[Path]) -> list[Path]:
             files.append(path)
     if not files:
         raise UserError(
-            f"{', '.join(map(str, given))}: no images here; endings looked for: {sorted(SUFFIXES)}"
+            f"{', '.join(map(str, given))}: no images here; endings looked for: {', '.join(SUFFIXES)}"
         )
     return files
 

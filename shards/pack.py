@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import Pack
-from shards.files import atomic, sha256, write_json
+from shards.files import atomic, sha256, write_json, writing
 from shards.plan import Plan, make_plan
 from shards.records import few, locate
-from shards.shardset import COLUMNS, FORMAT_VERSION, MANIFEST, SAMPLES, SPLITS, ShardSet
+from shards.shardset import COLUMNS, FORMAT_VERSION, MANIFEST, NOTICE, SAMPLES, SPLITS, ShardSet
 from shards.tar import Row, Sample, Shard, write_shard
 from shards.workers import in_order
 
@@ -41,20 +41,17 @@ def pack(settings: Pack, *, progress: bool = True) -> ShardSet:
     _refuse_existing(output)
     plan = make_plan(settings)
     files = locate(plan.records.keys, settings.images)
-    try:
-        with _partial(output) as folder:
-            written = _write_shards(folder, settings, plan, files, progress)
-            samples = _samples(plan, written)
-            with atomic(folder / SAMPLES) as file:
-                pq.write_table(samples, file)
-            sums = {name: about for shard in written for name, about in shard.files.items()}
-            table = folder / SAMPLES
-            sums[SAMPLES] = {"size": table.stat().st_size, "sha256": sha256(table)}
-            write_json(folder / MANIFEST, _manifest(settings, plan, sums))
-            _refuse_existing(output)
-            folder.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: the shard set cannot be written there ({error})") from None
+    with writing(output), _partial(output) as folder:
+        written = _write_shards(folder, settings, plan, files, progress)
+        samples = _samples(plan, written)
+        with atomic(folder / SAMPLES) as file:
+            pq.write_table(samples, file)
+        sums = {name: about for shard in written for name, about in shard.files.items()}
+        table = folder / SAMPLES
+        sums[SAMPLES] = {"size": table.stat().st_size, "sha256": sha256(table)}
+        write_json(folder / MANIFEST, _manifest(settings, plan, sums))
+        _refuse_existing(output)
+        folder.rename(output)
     return ShardSet.open(settings.output)
 
 
@@ -182,6 +179,8 @@ def _manifest(settings: Pack, plan: Plan, files: dict[str, dict[str, int | str]]
             "groups": len(set(records.groups[rows])),
             "classes": dict(zip(classes, counts, strict=True)),
         }
+    notice = settings.table.with_name(NOTICE)
+    text = notice.read_text(encoding="utf-8", errors="replace").strip() if notice.is_file() else ""
     return {
         "version": FORMAT_VERSION,
         "table": _source(settings.table),
@@ -191,6 +190,7 @@ def _manifest(settings: Pack, plan: Plan, files: dict[str, dict[str, int | str]]
         "positive": settings.positive or classes[-1],
         "splits": splits,
         "files": files,
+        **({"notice": text} if text else {}),
     }
 
 

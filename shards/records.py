@@ -221,9 +221,11 @@ def _labels(settings: Pack, keys: Sequence[str], texts: Sequence[str]) -> NDArra
 
 
 def _typed(column: Any) -> Any:
-    """A column of text as int64 or float64 where every value is a plain number, else as it is."""
+    """A column of text as int64 or float64 where every value is a plain, finite number, else as it is."""
     if pc.all(pc.match_substring_regex(column, _NUMBER)).as_py():
         for kind in (pa.int64(), pa.float64()):
             with contextlib.suppress(pa.ArrowInvalid):
-                return column.cast(kind)
+                numbers = column.cast(kind)
+                if pc.all(pc.is_finite(numbers)).as_py():
+                    return numbers
     return column

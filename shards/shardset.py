@@ -1,6 +1,6 @@
 """The shard set: a folder of tars, their indices, `samples.parquet` and, written last, `dataset.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST = "dataset.json"
 SAMPLES = "samples.parquet"
+NOTICE = "NOTICE.txt"
+"""Lies beside a source table, where it has something to say that no reader must miss."""
 COLUMNS = ("index", "key", "split", "shard", "offset", "size", "crc32", "width", "height", "label", "group")
 """Columns of `samples.parquet` before those of the source table; `shard` is the tar's file name."""
 
@@ -85,6 +87,11 @@ class ShardSet:
         """Index of the class that figures are about."""
         return self.classes.index(self.manifest["positive"])
 
+    @property
+    def notice(self) -> str:
+        """What readers must not miss about the data, such as that they are drawn; empty if nothing."""
+        return str(self.manifest.get("notice", ""))
+
     @cached_property
     def paths(self) -> tuple[Path, ...]:
         """The tars, in the order of their samples."""
@@ -93,7 +100,7 @@ class ShardSet:
     @cached_property
     def keys(self) -> NDArray[np.object_]:
         """(N,) image ids."""
-        return self._objects("key")
+        return np.array(self.samples["key"].to_pylist(), dtype=object)
 
     @cached_property
     def labels(self) -> Ints:
@@ -113,8 +120,7 @@ class ShardSet:
     @cached_property
     def shard(self) -> Ints:
         """(N,) index of the sample's tar in `paths`."""
-        names = pa.array([path.name for path in self.paths])
-        return np.asarray(pc.index_in(self.samples["shard"], names), dtype=np.int64)
+        return self._codes("shard", [path.name for path in self.paths])
 
     @cached_property
     def offsets(self) -> Ints:
@@ -145,7 +151,7 @@ class ShardSet:
         """Indices (n,) of a split's samples, ascending."""
         if name not in SPLITS:
             raise ValueError(f"no split '{name}'; there are {', '.join(SPLITS)}")
-        return np.flatnonzero(self._objects("split") == name).astype(np.int64)
+        return np.flatnonzero(self._splits == SPLITS.index(name)).astype(np.int64)
 
     def summary(self) -> list[str]:
         """Images, groups and images of each class per split, with their shares: lines to print."""
@@ -169,8 +175,13 @@ class ShardSet:
         coded = self.samples["group"].combine_chunks().dictionary_encode()
         return tuple(coded.dictionary.to_pylist()), coded.indices.to_numpy().astype(np.int64)
 
+    @cached_property
+    def _splits(self) -> Ints:
+        """(N,) index of the sample's split in SPLITS."""
+        return self._codes("split", SPLITS)
+
+    def _codes(self, column: str, names: Sequence[str]) -> Ints:
+        return np.asarray(pc.index_in(self.samples[column], pa.array(names)), dtype=np.int64)
+
     def _ints(self, column: str) -> Ints:
         return np.asarray(self.samples[column], dtype=np.int64)
-
-    def _objects(self, column: str) -> NDArray[np.object_]:
-        return np.array(self.samples[column].to_pylist(), dtype=object)

@@ -72,7 +72,7 @@ def _split_problems(shards: ShardSet) -> Iterator[str]:
         rows = shards.split(name)
         counts = np.bincount(shards.labels[rows], minlength=len(shards.classes)).tolist()
         classes = dict(zip(shards.classes, counts, strict=True))
-        found = {"images": len(rows), "groups": len(set(shards.groups[rows])), "classes": classes}
+        found = {"images": len(rows), "groups": len(np.unique(shards.groups[rows])), "classes": classes}
         yield from (f"split {name} has no {label}" for label, count in classes.items() if not count)
         if found != shards.manifest["splits"][name]:
             yield f"split {name} holds {found}, {MANIFEST} says {shards.manifest['splits'][name]}"

@@ -69,6 +69,10 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
             "pack: classes: the label values ['1'] belong to more than one",
         ),
         ("pack: {positive: mel}", "pack: positive: 'mel' is none of the classes ['benign', 'melanoma']"),
+        (
+            "loss: {triplet: 0, classification: 0}",
+            "loss: one of triplet and classification must be above 0",
+        ),
         ("margin: 0.3", "unknown key margin; did you mean loss.margin?"),
         ("2020-01-01: 3", "unknown key 2020-01-01"),
         ("- a", "sections such as `train:` were expected, found list"),
@@ -104,6 +108,23 @@ def test_overrides_win_and_falsy_values_are_values(written: Any) -> None:
     assert (experiment.loader.augment.hue, experiment.loader.augment.shift) == (0, 0.1)
     assert (experiment.tracking.tags, experiment.tracking.name) == (("a", "b"), None)
     assert (experiment.pack.undersample, experiment.pack.positive) == (False, "")
+
+
+def test_null_leaves_an_optional_section_out(written: Any) -> None:
+    text = "synthetic: {images: 9}"
+    assert written(text).synthetic.images == 9
+    assert written(text, "synthetic=null").synthetic is None
+    assert written(text, "synthetic=null", "synthetic.seed=1").synthetic.images == 3000
+    assert lines(written, "", "train=null", "run=3", "none=null") == [
+        "'run=3': expected section.key=value, such as train.epochs=30",
+        "command line: train: input should be an object, found null",
+        "command line: unknown key none",
+    ]
+
+
+def test_one_term_of_the_loss_is_enough(written: Any) -> None:
+    for term in ("triplet", "classification"):
+        assert getattr(written("", f"loss.{term}=0").loss, term) == 0
 
 
 def test_an_empty_file_is_all_defaults(written: Any) -> None:

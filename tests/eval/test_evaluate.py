@@ -142,7 +142,7 @@ def test_a_failure_leaves_the_old_report_and_no_half_of_a_new_one(experiment, mo
         raise OSError("No space left on device")
 
     monkeypatch.setattr(module, "_page", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"report: cannot be written \(No space left on device\)"):
         evaluate(experiment, progress=False)
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
     assert sorted(path.name for path in run.iterdir()) == listing
@@ -169,8 +169,32 @@ def test_a_test_split_without_the_positive_class_still_reports(experiment):
     results = evaluate(experiment, progress=False)
     assert "roc_auc" not in results["test"] and "melanoma" in results["test"]["undefined"]["roc_auc"]
     assert not (run / "report/roc.png").exists()
-    assert "undefined: needs images with and without melanoma" in headline(results)
-    assert "needs images of melanoma" in (run / "report/report.html").read_text()
+    assert "undefined: no patient with images of melanoma" in headline(results)
+    assert "no patient with images of melanoma" in (run / "report/report.html").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_of_one_patient_are_told_without_an_interval(experiment):
+    run = experiment.run.folder
+    write(run, "test", 20, 5, groups=["alone"] * 20)
+    results = evaluate(experiment, progress=False)
+    value = results["test"]["roc_auc"]["value"]
+    assert f"ROC-AUC      {value:.3f}, no interval: one patient" in headline(results)
+    page = (run / "report/report.html").read_text()
+    assert f"<b>{value:.3f}</b>" in page and "<span>no interval: one patient</span>" in page
+    assert "None" not in page and 'alt="ROC curve"' in page
+    write(run, "test", 20, 5, labels=np.repeat([0, 1], [17, 3]), groups=["a"] * 9 + ["b"] * 8 + ["c"] * 3)
+    results = evaluate(experiment, progress=False)
+    assert "no interval: one patient with images of melanoma" in headline(results)
+    assert results["test"]["accuracy"]["low"] <= results["test"]["accuracy"]["high"]
+
+
+def test_draws_that_an_interval_lacks_are_told(experiment):
+    run = experiment.run.folder
+    write(run, "test", 20, 5, labels=np.repeat([0, 1], [17, 3]), groups=[f"p{i % 18}" for i in range(20)])
+    lacking = evaluate(experiment, progress=False)["test"]["undefined_draws"]["roc_auc"]
+    page = " ".join((run / "report/report.html").read_text().split())
+    assert f"In test, {lacking} draws leave roc_auc undefined, and its interval does without them." in page
 
 
 def test_headline_tells_the_figures(experiment):

@@ -54,7 +54,7 @@ def test_every_value_equals_scikit_learn(classes, seed):
     )
     scores, positives = probabilities[:, positive], labels == positive
     flagged = scores >= threshold
-    called = flagged.astype(int) if classes == 2 else probabilities.argmax(axis=1)
+    called = np.where(flagged, positive, probabilities[:, :positive].argmax(axis=1))
     expected = {
         "roc_auc": oracle.roc_auc_score(positives, scores),
         "pr_auc": oracle.average_precision_score(positives, scores),
@@ -72,6 +72,7 @@ def test_every_value_equals_scikit_learn(classes, seed):
     assert found["confusion_matrix"] == oracle.confusion_matrix(labels, called).tolist()
     assert found["class_counts"] == dict(zip(names, np.bincount(labels).tolist(), strict=True))
     assert (found["images"], found["groups"]) == (120, 15)
+    assert found["sensitivity"] == found[f"recall.c{positive}"]
 
 
 def test_intervals_equal_a_loop_that_copies_whole_patients(monkeypatch):
@@ -147,28 +148,55 @@ def test_what_is_undefined_is_left_out_with_its_reason():
         threshold=0.5,
         bootstrap=FEW,
     )
-    assert found["undefined"]["roc_auc"] == "needs images with and without melanoma"
-    assert found["undefined"]["precision.melanoma"] == "no image was called melanoma"
+    assert found["undefined"]["roc_auc"] == "no group with images of melanoma"
+    assert found["undefined"]["precision.melanoma"] == "no group with images called melanoma"
     assert found["specificity"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert not {"roc_auc", "pr_auc", "sensitivity", "balanced_accuracy", "recall.melanoma"} & found.keys()
 
 
 def test_draws_without_a_class_are_left_out_and_counted():
-    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
-    labels, groups = np.array([0, 1, 0]), np.arange(3)
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
+    labels, groups = np.array([0, 1, 0, 1]), np.arange(4)
     found = figures(probabilities, labels, groups, classes=CLASSES, positive=1, threshold=0.5, bootstrap=FEW)
     draws = np.concatenate(list(FEW.resamples(groups)))[1:]
-    one_class = int(((draws[:, 1] == 0) | (draws[:, 1] == 3)).sum())
+    positives = draws[:, 1] + draws[:, 3]
+    one_class = int(((positives == 0) | (positives == 4)).sum())
     assert 0 < one_class < 200 and found["undefined_draws"]["roc_auc"] == one_class
     assert found["roc_auc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_one_group_makes_no_interval():
+    """Three patients, one with all melanomas: what rests on that one has a value and no interval."""
+    scores = np.array([0.1, 0.6, 0.2, 0.3, 0.8, 0.4])
+    labels, groups = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2, 2])
+    probabilities = np.stack([1 - scores, scores], axis=1)
+    settings = {"classes": CLASSES, "positive": 1, "threshold": 0.5, "bootstrap": FEW, "group": "patient"}
+    found = figures(probabilities, labels, groups, **settings)
+    lone = {name.removesuffix(".interval") for name in found["undefined"]}
+    assert lone == {"roc_auc", "pr_auc", "balanced_accuracy", "sensitivity", "recall.melanoma"}
+    for name in lone:
+        assert found[name]["low"] is found[name]["high"] is None and found[name]["value"] > 0
+        assert found["undefined"][f"{name}.interval"] == "one patient with images of melanoma"
+    for name in ("accuracy", "specificity", "f1.melanoma", "precision.melanoma", "brier"):
+        assert found[name]["low"] < found[name]["high"]
+    assert not lone & found["undefined_draws"].keys()
+
+    mirrored = figures(probabilities[:, ::-1], 1 - labels, groups, **settings)
+    assert mirrored["undefined"]["roc_auc.interval"] == "one patient with images that are not melanoma"
+    assert mirrored["undefined"]["specificity.interval"] == "one patient with images that are not melanoma"
+
+    alone = figures(probabilities, labels, np.zeros(6, int), **settings)
+    assert alone["accuracy"] == {"value": pytest.approx(4 / 6), "low": None, "high": None}
+    assert set(alone["undefined"].values()) == {"one patient"} and not alone["undefined_draws"]
 
 
 def test_decisions():
     two = np.array([[0.6, 0.4], [0.61, 0.39], [0.1, 0.9]])
     assert decide(two, 1, 0.4).tolist() == [1, 0, 1]
     assert decide(two, 0, 0.61).tolist() == [1, 0, 1]
-    three = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
-    assert decide(three, 1, 0.1).tolist() == [0, 2]
+    three = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.1, 0.6, 0.3]])
+    assert decide(three, 1, 0.3).tolist() == [1, 2, 1]
+    assert decide(three, 1, 0.7).tolist() == [0, 2, 2]
     assert confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist() == [[1, 1], [0, 1]]
 
 
@@ -188,3 +216,6 @@ def test_reliability_counts_what_each_bin_holds():
     mean, share, low, high = reliability(scores, positives, np.arange(60), FEW, bins=3)
     assert mean == pytest.approx([0.1, 0.5, 0.9]) and share == pytest.approx([0.1, 0.5, 0.9])
     assert (low <= share).all() and (share <= high).all() and (low < high).all()
+    groups = np.append(np.zeros(20, int), np.arange(1, 41))  # one group fills the first bin
+    _, share, low, high = reliability(scores, positives, groups, FEW, bins=3)
+    assert share[0] == 0.1 and np.isnan(low).tolist() == np.isnan(high).tolist() == [True, False, False]

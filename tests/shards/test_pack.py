@@ -134,13 +134,17 @@ def test_untidy_tables_give_the_same_set(tiny_pack: Pack, tiny_shards: ShardSet,
 
 
 def test_columns_that_would_clash_are_renamed(tiny_pack: Pack, tmp_path: Path) -> None:
-    rows = [row | {"split": "theirs", "label": "07"} for row in read_table(tiny_pack.table)]
+    rows = [row | {"split": "theirs", "label": "07", "big": "1e99"} for row in read_table(tiny_pack.table)]
+    for row, big in zip(rows, ("1e999", "-1e999", ""), strict=False):
+        row["beyond"] = big
     write_table(tmp_path / "table.csv", rows)
     settings = changed(tiny_pack, table=tmp_path / "table.csv", output=tmp_path / "shards")
     shards = pack(settings, progress=False)
     assert set(shards.samples["source_split"].to_pylist()) == {"theirs"}
     assert set(shards.samples["source_label"].to_pylist()) == {"07"}  # not the number 7
     assert shards.samples["age_approx"].type == "int64"
+    assert shards.samples["big"].type == "double"
+    assert set(shards.samples["beyond"].to_pylist()) == {"1e999", "-1e999", None}  # not infinite
 
 
 def test_duplicates_are_tied_or_dropped(tiny_pack: Pack, tmp_path: Path) -> None:
@@ -175,6 +179,26 @@ def test_settings_other_than_those_packed_with_are_noticed(
     for key in ("table", "duplicates"):
         with pytest.raises(UserError, match=f"pack.{key} is .*table.csv, was"):
             check_made_by(tiny_shards, changed(tiny_pack, **{key: tmp_path / "table.csv"}))
+
+
+def test_a_notice_beside_the_table_goes_with_the_set(
+    tiny_pack: Pack, tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    assert tiny_shards.notice == "" and "notice" not in tiny_shards.manifest
+    write_table(tmp_path / "metadata.csv", read_table(tiny_pack.table))
+    settings = changed(tiny_pack, table=tmp_path / "metadata.csv")
+    for text, notice in (("Drawn, not photographed: Ö.\n", "Drawn, not photographed: Ö."), (" \n", "")):
+        (tmp_path / "NOTICE.txt").write_text(text, encoding="utf-8")
+        shards = pack(changed(settings, output=tmp_path / f"shards{notice[:5]}"), progress=False)
+        assert shards.notice == notice and ("notice" in shards.manifest) == bool(notice)
+        check_made_by(shards, settings)
+
+
+def test_no_place_to_write_is_one_clear_line(tiny_pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/shards: cannot be written \(.+\); make room"):
+        pack(changed(tiny_pack, output=tmp_path / "file" / "shards"), progress=False)
+    assert names(tmp_path) == ["file"]
 
 
 Spoil = Callable[[Path, list[dict[str, str]]], dict[str, Any] | None]
