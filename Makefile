@@ -40,7 +40,7 @@ format: setup ## format and apply safe lint fixes
 
 lock: | $(UV) ## renew requirements.lock from pyproject.toml, keeping the three pins
 	printf 'torch==2.10.0\ntorchvision==0.25.0\nnvidia-dali-cuda120==2.4.0\n' | \
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --extra dev --constraint /dev/stdin --custom-compile-command 'make lock' \
 	  --output-file requirements.lock pyproject.toml
 
