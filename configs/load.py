@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -75,7 +75,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def dump(experiment: BaseModel) -> str:
     """The resolved experiment as YAML; `load` reads it back equal."""
-    return yaml.safe_dump(experiment.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    given = {key: value for key, value in experiment.model_dump(mode="json").items() if value is not None}
+    return yaml.safe_dump(given, sort_keys=False)
 
 
 def _read(path: Path) -> str:
@@ -151,8 +152,9 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section model that a field holds, if it holds one."""
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+    """The section model that a field holds, if it holds one; a mapping of names to sections is no section."""
+    inner = () if get_origin(annotation) is dict else getattr(annotation, "__args__", ())
+    for candidate in (annotation, *inner):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None

@@ -14,11 +14,12 @@ import torch.utils.dlpack
 from tqdm import tqdm
 
 from configs.errors import UserError
+from configs.schema import Encode as Settings
 from eval.metrics import decide
 from pipeline import augment, graph
 from shards.encode import Encoded, encode
 from shards.files import write_text, writing
-from shards.records import SUFFIXES
+from shards.images import SUFFIXES
 from train import classifier
 from train.runfolder import load_encoder
 
@@ -51,7 +52,7 @@ def predict(run: Path, images: Sequence[Path], *, progress: bool = True) -> list
             "`moleprint classify` again"
         )
     files = _files(images)
-    encoded = _encode(files, about["encoding"])
+    encoded = _encode(files, Settings(**about["encoding"]))
     vectors = np.empty((len(files), about["embedding_dim"]), np.float32)
     feed = _Feed(encoded, about["preprocessing"]["size"])
     pipeline = graph.build(
@@ -117,13 +118,13 @@ def _files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _encode(files: Sequence[Path], encoding: dict[str, int]) -> list[Encoded]:
+def _encode(files: Sequence[Path], encoding: Settings) -> list[Encoded]:
     """Every file as packing would have written it."""
     encoded, wrong = [], []
     for file in files:
         try:
             data = file.read_bytes()
-            encoded.append(encode(data, short_side=encoding["short_side"], quality=encoding["quality"]))
+            encoded.append(encode(data, encoding, name=file.name))
         except (OSError, UserError) as error:
             wrong.append(f"{file}: {getattr(error, 'strerror', None) or error}")
     if wrong:

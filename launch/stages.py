@@ -63,33 +63,39 @@ def synthesize(call: Call) -> None:
 
 def _synthesized(call: Call) -> bool:
     from launch.synthetic import check_made_by
-    from shards.shardset import MANIFEST
+    from shards.output import Output
 
     settings = call.experiment.synthetic
     if settings is None:
         return True
     if not (settings.output / "metadata.csv").exists():  # once packed, the pictures may be gone
-        return (call.experiment.pack.output / MANIFEST).exists()
+        return Output.of(call.experiment.pack).packed()
     check_made_by(settings)
     return True
 
 
 def pack(call: Call) -> None:
-    """Pack table and images into shards."""
+    """Pack tables and images into shards, alone or as one of several processes."""
+    from launch import cluster
+    from shards.describe import said
     from shards.pack import pack as make
 
-    shards = make(call.experiment.pack)
-    print("\n".join([str(shards.folder), *shards.summary()]))
+    part, settings = cluster.part(), call.experiment.pack
+    settings = settings.model_copy(update={"workers": settings.workers or cluster.cores()})
+    made = make(settings, part=part)
+    if not part.rank:
+        print("\n".join(said(made, settings.output)))
 
 
 def _packed(call: Call) -> bool:
-    from shards.pack import check_made_by
-    from shards.shardset import MANIFEST, ShardSet
+    from shards.describe import check_made_by
+    from shards.output import Output
 
     settings = call.experiment.pack
-    if not (settings.output / MANIFEST).exists():
+    output = Output.of(settings)
+    if not output.packed():
         return False
-    check_made_by(ShardSet.open(settings.output), settings)
+    check_made_by(output.manifest(), settings, settings.output)
     return True
 
 
@@ -115,7 +121,7 @@ def _embedded(call: Call) -> bool:
     from shards.shardset import ShardSet
     from train.embed import finished
 
-    return finished(call.experiment, ShardSet.open(call.experiment.pack.output))
+    return finished(call.experiment, ShardSet.of(call.experiment))
 
 
 def classify(call: Call) -> None:

@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.schema import Pack, Synthetic
 from launch.lesions import draw_files, generator
 from shards import records
-from shards.files import read_json
+from shards.files import new_folder, read_json
 from shards.workers import in_order
 
 SETTINGS = "settings.json"
@@ -65,8 +65,10 @@ def synthesize(settings: Synthetic, columns: Pack, *, progress: bool = True) -> 
         raise UserError(f"{settings.table}: table not found; set synthetic.table to a CSV file")
     moles = _moles(settings.table, columns) if settings.table else None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        with (
+            new_folder(output.parent),
+            tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch,
+        ):
             folder = Path(scratch) / output.name
             (folder / "images").mkdir(parents=True)
             (folder / "NOTICE.txt").write_text(f"{NOTICE}\n", encoding="utf-8")
@@ -104,7 +106,7 @@ def _recipe(settings: Synthetic) -> dict[str, Any]:
 
 def _moles(table: Path, columns: Pack) -> list[tuple[str, str, bool]]:
     """(image, patient, melanoma) of each row, read and checked as packing will."""
-    read = records.read(columns.model_copy(update={"table": table}))
+    read = records.read(columns.model_copy(update={"table": table, "sources": {}}))
     names = list(columns.classes)
     melanoma = read.labels == names.index(columns.positive or names[-1])
     return list(zip(read.keys.tolist(), read.groups.tolist(), melanoma.tolist(), strict=True))

@@ -52,7 +52,7 @@ def bench(
     if json_file and json_file.is_dir():
         raise UserError(f"{json_file}: a folder, where --json needs a file; add a name such as loader.json")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    shards = ShardSet.open(experiment.pack.output)
+    shards = ShardSet.of(experiment)
     source = _read_once(shards)
     with ExitStack() as stack:
         contestants = {

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,19 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}); make room or get the right to write "
             "there, or choose another place"
         ) from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Make a folder and its parents for a block; then those that it made and that stayed empty go."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # something was put into it
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -60,14 +73,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, made_by: str) -> Any:
-    """Read a JSON file of ours.
+def read_json(path: Path, made_by: str, keys: Sequence[str] = ()) -> Any:
+    """Read a JSON file of ours: a mapping with at least `keys`.
 
     Raises:
         UserError: if it is missing or damaged, naming the command that makes it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a mapping"]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `{made_by}`") from None
     except (OSError, ValueError) as error:

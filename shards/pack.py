@@ -1,204 +1,292 @@
-"""Table and images -> shard set: read, check, split, then encode and write in parallel.
+"""Tables and images -> shard set, in two passes: look at every image, then deal them out and write shards.
 
-All is written into `.NAME.partial` beside the output, which takes its final name at the very end: a folder
-under that name is whole. Every byte is a function of the input and the settings alone.
+Between the two, everything that decides the set is known: what each image holds, and which of them are
+duplicates. Every byte is a function of the input and the settings alone. Both passes leave each finished
+piece in the work folder, where the same command finds it after any interruption.
 """
 
-import contextlib
-import fcntl
+import hashlib
+import json
 import os
-import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import csv
 from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import Pack
-from shards.files import atomic, sha256, write_json, writing
+from shards import leaks
+from shards.claims import ALONE, POLL, Job, Part, complete, lock
+from shards.describe import DUPLICATES, REJECTED, manifest, samples_table
+from shards.files import atomic, sha256, write_json, write_text, writing
+from shards.images import Ref, locate
+from shards.output import Output, put
 from shards.plan import Plan, make_plan
-from shards.records import few, locate
-from shards.shardset import COLUMNS, FORMAT_VERSION, MANIFEST, NOTICE, SAMPLES, SPLITS, ShardSet
-from shards.tar import Row, Sample, Shard, write_shard
-from shards.workers import in_order
+from shards.records import Records, read
+from shards.scan import CHUNK, Chunk, Fact, digest, found, payload, scan
+from shards.shardset import MANIFEST, SAMPLES
+from shards.tar import Sample, Shard, write_shard
+
+_VERSION = 1  # of how shards are written: a change of it writes all anew
 
 
-def pack(settings: Pack, *, progress: bool = True) -> ShardSet:
-    """Make a shard set, and open it.
+def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[str, Any]:
+    """Make a shard set, alone or as one of several packers.
 
     Args:
         settings: the `pack` section of a configuration.
-        progress: show a progress bar.
+        part: which one of how many packers with the same settings, on any number of hosts that share the
+            output's file system. All of them return when the set is whole.
+        progress: show progress bars.
+
+    Returns:
+        Content of `dataset.json`.
 
     Raises:
-        UserError: for any mistake in the settings, the table or the images; nothing is left behind.
+        UserError: for any mistake in the settings, the tables or the images. Finished pieces stay for the
+            next try.
     """
-    output = settings.output.resolve()
-    _refuse_existing(output)
-    plan = make_plan(settings)
-    files = locate(plan.records.keys, settings.images)
-    with writing(output), _partial(output) as folder:
-        written = _write_shards(folder, settings, plan, files, progress)
-        samples = _samples(plan, written)
-        with atomic(folder / SAMPLES) as file:
-            pq.write_table(samples, file)
-        sums = {name: about for shard in written for name, about in shard.files.items()}
-        table = folder / SAMPLES
-        sums[SAMPLES] = {"size": table.stat().st_size, "sha256": sha256(table)}
-        write_json(folder / MANIFEST, _manifest(settings, plan, sums))
-        _refuse_existing(output)
-        folder.rename(output)
-    return ShardSet.open(settings.output)
+    output = Output.of(settings)
+    if not part.alone and output.packed():
+        return output.manifest()
+    output.refuse_existing()
+    records = read(settings)
+    make_plan(settings, records)
+    with writing(Path(output.place)), output.working(part):
+        refs = _locate(settings, records, output.work)
+        chunks = _scan(settings, refs, output, part, progress)
+        facts = [fact for chunk in chunks for fact in chunk.facts]
+        rejected = _rejected(settings, records, refs, facts, output)
+        plan = make_plan(settings, records, facts)
+        shards = _write(plan, settings, refs, facts, output, part, progress)
+        _finish(settings, plan, facts, shards, rejected, output)
+    return output.manifest()
 
 
-def check_made_by(shards: ShardSet, settings: Pack) -> None:
-    """Make sure that a shard set is what `settings` would make, as far as their tables are at hand.
+def _locate(settings: Pack, records: Records, scratch: Path) -> list[Ref]:
+    """Where the bytes of each image lie, (N,)."""
+    refs: list[Ref] = []
+    for name, source in settings.each_source.items():
+        refs += locate(records.ids[records.sources == name].tolist(), source.images, scratch)
+    return refs
 
-    Raises:
-        UserError: naming what differs.
-    """
-    made = shards.manifest["settings"]
-    differ = [
-        f"pack.{key} is {value}, was {made.get(key)}"
-        for key, value in _settings(settings).items()
-        if value != made.get(key)
-    ]
-    for key in ("table", "duplicates"):
-        path, was = getattr(settings, key), shards.manifest[key]
-        if path and was and not path.is_file():
-            continue  # the tables may be gone, the shards are whole without them
-        if (path and sha256(path)) != (was and was["sha256"]):
-            differ.append(f"pack.{key} is {path}, was {'another ' + was['name'] if was else None}")
-    if differ:
-        raise UserError(
-            f"{shards.folder}: was packed with other settings: {few(differ)}; delete it, or set "
-            "pack.output to another folder"
+
+def _scan(settings: Pack, refs: Sequence[Ref], output: Output, part: Part, progress: bool) -> list[Chunk]:
+    """The first pass."""
+    hashed = settings.near_duplicates is not None
+
+    def job(number: int) -> Job[Chunk]:
+        mine = refs[number * CHUNK : (number + 1) * CHUNK]
+        expected = digest(mine, settings.encode, hashed)
+        return Job(
+            f"chunk-{number:06d}",
+            lambda: (output.work, number, expected, mine, settings.encode, hashed),
+            lambda: found(output.work, number, expected),
+        )
+
+    jobs = [job(number) for number in range(-(-len(refs) // CHUNK))]
+    with _Bar("check", len(refs), progress and not part.rank) as bar:
+        return complete(
+            jobs,
+            scan,
+            output.work,
+            part,
+            settings.workers,
+            lambda chunk: bar.add(len(chunk.facts), chunk.bytes),
         )
 
 
-def _refuse_existing(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: exists already; delete it, or set pack.output to another folder")
-
-
-@contextlib.contextmanager
-def _partial(output: Path) -> Iterator[Path]:
-    """An empty `.NAME.partial` beside `output`, locked against a second packer; deleted unless renamed."""
-    folder = output.with_name(f".{output.name}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output}: is being packed by another process; wait for it, or end it") from None
-        except OSError:
-            pass  # a file system without locks: packing there alone is up to the user
-        try:
-            for leftover in folder.iterdir():  # of a packer that was killed
-                leftover.unlink()
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _write_shards(folder: Path, settings: Pack, plan: Plan, files: list[Path], progress: bool) -> list[Shard]:
-    """Every tar with its index, in the order of the plan.
+def _rejected(
+    settings: Pack, records: Records, refs: Sequence[Ref], facts: Sequence[Fact], output: Output
+) -> pa.Table:
+    """`rejected.csv`: the images that cannot be used, and why.
 
     Raises:
-        UserError: naming the images that cannot be used.
+        UserError: if there are more than allowed; the table then lies beside the output.
     """
-    tasks = (
-        (folder, name, _shard_samples(settings, plan, files, images), settings.short_side, settings.quality)
-        for name, images in plan.shards.items()
+    bad = [row for row, fact in enumerate(facts) if fact.reason]
+    table = pa.table(
+        {
+            "key": pa.array([records.keys[row] for row in bad], pa.string()),
+            "file": pa.array([refs[row].name for row in bad], pa.string()),
+            "reason": pa.array([facts[row].reason for row in bad], pa.string()),
+        }
     )
-    shards: list[Shard] = []
-    bar = tqdm(total=len(plan.records), desc="pack", unit="image", disable=not progress)
-    with bar, contextlib.closing(in_order(write_shard, tasks, settings.workers)) as written:
-        for shard in written:
-            shards.append(shard)
-            bar.update(len(shard.rows) + len(shard.rejected))
-    rejected = [image for shard in shards for image in shard.rejected]
-    if rejected:
+    beside = _beside(output)
+    if len(bad) > settings.max_rejected * len(facts):
+        with atomic(beside) as file:
+            csv.write_csv(table, file)
+        told = [f"{records.keys[row]} ({refs[row].name}: {facts[row].reason})" for row in bad[:3]]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"{settings.images}: {len(rejected)} of {len(files)} images cannot be used: {few(rejected)}; "
-            "replace the files, or take the rows out of the table"
+            f"{len(bad)} of {len(facts)} images cannot be used: {', '.join(told)}{more}; all are listed in "
+            f"{beside}; replace the files, take the rows out of the table, or raise pack.max_rejected; the "
+            f"other images will not be looked at again ({output.work})"
         )
-    return shards
+    beside.unlink(missing_ok=True)
+    return table
 
 
-def _shard_samples(settings: Pack, plan: Plan, files: list[Path], images: slice) -> list[Sample]:
-    records, classes = plan.records, tuple(settings.classes)
-    samples = []
-    for row, metadata in enumerate(records.metadata[images].to_pylist(), start=images.start):
-        key, label = records.keys[row], int(records.labels[row])
-        said = {"key": key, "label": label, "class": classes[label], "group": records.groups[row]}
-        samples.append(Sample(key, files[row], label, said | {"metadata": metadata}))
+def _beside(output: Output) -> Path:
+    if output.url:
+        return output.work / REJECTED
+    return Path(f"{output.place}.{REJECTED}")
+
+
+def _write(
+    plan: Plan,
+    settings: Pack,
+    refs: Sequence[Ref],
+    facts: Sequence[Fact],
+    output: Output,
+    part: Part,
+    progress: bool,
+) -> list[Shard]:
+    """The second pass."""
+    classes = tuple(settings.classes)
+
+    def job(name: str, images: slice) -> Job[Shard]:
+        def said() -> tuple[list[Sample], str]:
+            samples = _samples_of(plan, images, refs, facts, classes, output.work)
+            return samples, _digest(name, samples, [facts[row].sha256 for row in plan.rows[images]])
+
+        def arguments() -> tuple[Any, ...]:
+            return (output.growing, output.work, name, *said(), output.url)
+
+        def finished() -> Shard | None:
+            try:
+                done = json.loads((output.work / f"{name}.json").read_text(encoding="utf-8"))
+                shard = Shard(done["offsets"], done["files"])
+            except (OSError, ValueError, KeyError):
+                return None
+            return shard if done["digest"] == said()[1] and output.holds(shard.files) else None
+
+        return Job(name, arguments, finished)
+
+    jobs = [job(name, images) for name, images in plan.shards.items()]
+    with _Bar("write", len(plan.records), progress and not part.rank) as bar:
+        return complete(
+            jobs,
+            write,
+            output.work,
+            part,
+            settings.workers,
+            lambda shard: bar.add(len(shard.offsets), max(int(f["size"]) for f in shard.files.values())),
+        )
+
+
+def write(growing: Path, work: Path, name: str, samples: Sequence[Sample], expected: str, url: str) -> Shard:
+    """Write a shard, send it to its URL if it has one, and note in the work folder that it is finished."""
+    shard = write_shard(growing, name, samples)
+    if url:
+        put(growing, url, list(shard.files))
+    done = {"digest": expected, "offsets": shard.offsets, "files": shard.files}
+    write_text(work / f"{name}.json", json.dumps(done))
+    return shard
+
+
+def _digest(name: str, samples: Sequence[Sample], contents: Sequence[str]) -> str:
+    """Of all that decides a shard."""
+    said = [[s.key, s.label, s.info, content] for s, content in zip(samples, contents, strict=True)]
+    return hashlib.sha256(json.dumps([_VERSION, name, said]).encode()).hexdigest()
+
+
+def _samples_of(
+    plan: Plan,
+    images: slice,
+    refs: Sequence[Ref],
+    facts: Sequence[Fact],
+    classes: Sequence[str],
+    work: Path,
+) -> list[Sample]:
+    records, samples = plan.records, []
+    for place, metadata in enumerate(records.metadata[images].to_pylist(), start=images.start):
+        row, label = int(plan.rows[place]), int(records.labels[place])
+        info = {
+            "key": records.keys[place],
+            "label": label,
+            "class": classes[label],
+            "group": records.groups[place],
+            **({"lesion": records.lesions[place]} if records.lesions[place] else {}),
+            **({"source": records.sources[place]} if records.sources[place] else {}),
+            "metadata": metadata,
+        }
+        ref = payload(work, row // CHUNK, facts[row], refs[row])
+        samples.append(Sample(records.keys[place], ref, facts[row].crc32, label, info))
     return samples
 
 
-def _samples(plan: Plan, shards: list[Shard]) -> pa.Table:
-    """`samples.parquet`: what every reader needs, then the source table's columns."""
-    facts = np.array([row for shard in shards for row in shard.rows], dtype=np.int64)  # (N, fields of Row)
-    columns: dict[str, Any] = {
-        "index": np.arange(len(facts)),
-        "key": pa.array(plan.records.keys, pa.string()),
-        "split": pa.array(np.array(SPLITS)[plan.splits]),
-        "shard": pa.array(
-            [f"{name}.tar" for name, rows in plan.shards.items() for _ in range(rows.start, rows.stop)]
-        ),
-        **dict(zip(Row._fields, facts.T, strict=True)),
-        "label": plan.records.labels,
-        "group": pa.array(plan.records.groups, pa.string()),
-    }
-    columns["crc32"] = columns["crc32"].astype(np.uint32)
-    columns = {name: columns[name] for name in COLUMNS}
-    for name in plan.records.metadata.column_names:
-        free = name
-        while free in columns:
-            free = f"source_{free}"
-        columns[free] = plan.records.metadata[name]
-    return pa.table(columns)
+def _finish(
+    settings: Pack,
+    plan: Plan,
+    facts: Sequence[Fact],
+    shards: Sequence[Shard],
+    rejected: pa.Table,
+    output: Output,
+) -> None:
+    """Write the tables and, last, the manifest. One packer does; the others wait until it has."""
+    while not output.packed():
+        handle = lock(output.work / "finish.lock")
+        if handle is None:
+            time.sleep(POLL)
+            continue
+        try:
+            if not output.packed():
+                _conclude(settings, plan, facts, shards, rejected, output)
+        finally:
+            os.close(handle)
 
 
-def _manifest(settings: Pack, plan: Plan, files: dict[str, dict[str, int | str]]) -> dict[str, Any]:
-    """`dataset.json`: what the set was made from and how, and what every file must be."""
-    classes, records = tuple(settings.classes), plan.records
-    splits = {}
-    for part, name in enumerate(SPLITS):
-        rows = plan.splits == part
-        counts = np.bincount(records.labels[rows], minlength=len(classes)).tolist()
-        splits[name] = {
-            "images": int(rows.sum()),
-            "groups": len(set(records.groups[rows])),
-            "classes": dict(zip(classes, counts, strict=True)),
-        }
-    notice = settings.table.with_name(NOTICE)
-    text = notice.read_text(encoding="utf-8", errors="replace").strip() if notice.is_file() else ""
-    return {
-        "version": FORMAT_VERSION,
-        "table": _source(settings.table),
-        "duplicates": _source(settings.duplicates),
-        "settings": _settings(settings),
-        "classes": classes,
-        "positive": settings.positive or classes[-1],
-        "splits": splits,
-        "files": files,
-        **({"notice": text} if text else {}),
-    }
+def _conclude(
+    settings: Pack,
+    plan: Plan,
+    facts: Sequence[Fact],
+    shards: Sequence[Shard],
+    rejected: pa.Table,
+    output: Output,
+) -> None:
+    samples = samples_table(settings, plan, facts, shards)
+    files = {name: about for shard in shards for name, about in shard.files.items()}
+
+    def add(name: str, write_table: Callable[[pa.Table, IO[bytes]], None], table: pa.Table) -> None:
+        path = output.growing / name
+        with atomic(path) as file:
+            write_table(table, file)
+        files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+
+    add(SAMPLES, pq.write_table, samples)
+    if len(plan.pairs.rows):
+        names = np.array(settings.split_names, dtype=object)[plan.splits]
+        pairs = leaks.report(plan.pairs, plan.records.keys, plan.records.groups, names)
+        add(DUPLICATES, csv.write_csv, pairs)
+    if rejected.num_rows:
+        add(REJECTED, csv.write_csv, rejected)
+    described = manifest(settings, plan, samples, files, rejected.num_rows)
+    write_json(output.growing / MANIFEST, described)
+    output.finish(files)
 
 
-def _source(path: Path | None) -> dict[str, str] | None:
-    return {"name": path.name, "sha256": sha256(path)} if path else None
+class _Bar:
+    """Images a second, megabytes a second, time left."""
 
+    def __init__(self, name: str, images: int, shown: bool) -> None:
+        self._bar = tqdm(total=images, desc=name, unit="image", disable=not shown)
+        self._bytes, self._started = 0, time.perf_counter()
 
-def _settings(settings: Pack) -> dict[str, Any]:
-    """All but what differs from machine to machine without effect on a byte."""
-    of_this_machine = {"table", "images", "output", "duplicates", "workers"}
-    return settings.model_dump(mode="json", exclude=of_this_machine)
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, images: int, size: int) -> None:
+        self._bytes += size
+        rate = self._bytes / 1e6 / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"{rate:,.0f} MB/s", refresh=False)
+        self._bar.update(images)

@@ -1,14 +1,24 @@
-"""Which image goes into which split and shard, decided from the tables alone, before any image is opened."""
+"""Which image goes into which split and shard: decided from the tables and what was found of the images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Pack
-from shards.records import Records, few, read, read_pairs
-from shards.shardset import SPLITS, Ints
+from configs.schema import Pack, canonical
+from shards.images import without_ending
+from shards.leaks import Pairs, duplicates, join
+from shards.records import Records, read_pairs
+from shards.scan import Fact
 from shards.split import Purpose, connect, generator, split, tie, undersample
+from shards.tables import few
+
+Ints = NDArray[np.int64]
+UNDEALT = -1
 
 
 @dataclass(frozen=True)
@@ -17,63 +27,165 @@ class Plan:
 
     records: Records
     """N images, in the order of their index in the shard set."""
+    rows: Ints
+    """(N,) row of each in the tables."""
     splits: Ints
-    """(N,) index in SPLITS, ascending."""
+    """(N,) index in `pack.split_names`, ascending."""
     shards: dict[str, slice]
     """Name of each tar, without its ending -> the images it holds."""
+    pairs: Pairs
+    """Duplicates among the N images."""
 
 
-def make_plan(settings: Pack) -> Plan:
-    """Read the table, thin it as asked, deal groups to splits, shuffle each split, cut it into shards.
+def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = None) -> Plan:
+    """Drop what is rejected and thin as asked, deal groups to splits, shuffle, cut into shards.
+
+    Args:
+        records: all images of the tables.
+        facts: what was found of each; None plans from the tables alone, to find their mistakes early.
 
     Raises:
-        UserError: for any mistake in the table or the duplicates list; for a split that lacks a class.
+        UserError: for a mistake in a list of duplicates or of a split; for a split that lacks a class.
     """
-    records = read(settings)
-    pairs = np.empty((0, 2), dtype=np.int64)
-    if settings.duplicates:
-        pairs = read_pairs(settings.duplicates, records.keys)
-        if settings.duplicates_action == "drop":
-            records, pairs = _drop_duplicates(records, pairs), pairs[:0]
+    pairs = Pairs.of(read_pairs(settings, records), "listed")
+    rows = np.arange(len(records))
+    if facts is not None:
+        pairs = join([pairs, duplicates(facts, settings.near_duplicates)])
+        rows = np.flatnonzero([not fact.reason for fact in facts])
+    if settings.duplicates_action == "drop":
+        rows = _without_listed(records, pairs, rows)
     if settings.undersample:
-        rows = undersample(records.labels, settings.seed)
-        place = np.full(len(records), -1)
-        place[rows] = np.arange(len(rows))
-        records, pairs = records.take(rows), place[pairs]
-        pairs = pairs[(pairs >= 0).all(axis=1)]
-    groups = np.unique(records.groups, return_inverse=True)[1].astype(np.int64)
-    ratios = tuple(getattr(settings.ratios, name) for name in SPLITS)
-    splits = split(tie(groups, pairs), records.labels, ratios, settings.seed)
-    _refuse_gaps(records, groups, splits, tuple(settings.classes))
+        rows = rows[undersample(records.labels[rows], settings.seed)]
+    kept, pairs = records.take(rows), pairs.among(rows)
 
-    rows = np.concatenate(
-        [
-            generator(settings.seed, Purpose.ORDER, part).permutation(np.flatnonzero(splits == part))
-            for part in range(len(SPLITS))
-        ]
+    groups = _codes(kept.groups)
+    units = tie(groups, np.concatenate([pairs.rows, _chains(kept.lesions)]))
+    splits = _deal(settings, kept, units, pairs)
+    _refuse_gaps(settings, kept, groups, splits)
+
+    order, ends = _order(settings, groups, splits)
+    sizes = np.array([facts[row].size if facts else 0 for row in rows[order]], dtype=np.int64)
+    return Plan(
+        kept.take(order),
+        rows[order],
+        splits[order],
+        _cut(settings, splits[order], sizes, ends),
+        pairs.among(order),
     )
-    shards = {}
-    start = 0
-    for part, count in enumerate(np.bincount(splits)):
-        pieces = -(-count // settings.samples_per_shard)
-        for piece, chunk in enumerate(np.array_split(np.arange(start, start + count), pieces)):
-            shards[f"{SPLITS[part]}-{piece:06d}"] = slice(int(chunk[0]), int(chunk[-1]) + 1)
-        start += count
-    return Plan(records.take(rows), splits[rows], shards)
 
 
-def _drop_duplicates(records: Records, pairs: Ints) -> Records:
-    """Of images that are listed as duplicates, directly or through others, keep the first in id order."""
-    by_id = np.argsort(records.keys)
-    rank = np.argsort(by_id)
-    first = connect(len(records), rank[pairs])[rank]  # lowest rank among each image's duplicates
-    return records.take(np.flatnonzero(first == rank))
+def _codes(names: NDArray[Any]) -> Ints:
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def _refuse_gaps(records: Records, groups: Ints, splits: Ints, classes: tuple[str, ...]) -> None:
+def _chains(names: NDArray[Any]) -> Ints:
+    """Pairs (m, 2) that join all images of one name; blanks are no names."""
+    first: dict[str, int] = {}
+    pairs = [(first.setdefault(name, n), n) for n, name in enumerate(names) if name]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _without_listed(records: Records, pairs: Pairs, rows: Ints) -> Ints:
+    """Of images listed as duplicates, directly or through others, keep the first usable one in id order."""
+    by_id = rows[np.argsort(records.keys[rows], kind="stable")]
+    place = np.full(len(records), -1)
+    place[by_id] = np.arange(len(by_id))
+    listed = place[pairs.rows[pairs.kinds == 0]]
+    first = connect(len(by_id), listed[(listed >= 0).all(axis=1)])
+    return np.sort(by_id[first == np.arange(len(by_id))])
+
+
+def _deal(settings: Pack, records: Records, units: Ints, pairs: Pairs) -> Ints:
+    """Index (N,) of each image's split: as given for some units, dealt for the others."""
+    names = settings.split_names
+    given = _given(settings, records)
+    chosen = np.full(int(units.max()) + 1, UNDEALT)
+    for part in range(len(names)):
+        mine = np.unique(units[given == part])
+        torn = mine[chosen[mine] != UNDEALT]
+        if len(torn):
+            inside = np.flatnonzero(units == torn[0])
+            one = inside[given[inside] == chosen[torn[0]]][0]
+            other = inside[given[inside] == part][0]
+            raise UserError(
+                f"the given split leaks: {records.keys[one]} is in {names[chosen[torn[0]]]} and "
+                f"{records.keys[other]} in {names[part]}, {_why_tied(records, one, other)}"
+                + (f"; and {len(torn) - 1} more" if len(torn) > 1 else "")
+                + "; correct pack.split_column or pack.split_files"
+            )
+        chosen[mine] = part
+    splits = chosen[units]
+    left = np.flatnonzero(splits == UNDEALT)
+    if len(left):
+        free = [part for part in range(len(names)) if not (given == part).any()]
+        if not free:
+            raise UserError(
+                f"{len(left)} images are in no split, first {records.keys[left[0]]}; give them one, or leave "
+                "a split out for them"
+            )
+        asked = _ratios(settings)[free]
+        dealt = split(_codes(units[left]), records.labels[left], tuple(asked / asked.sum()), settings.seed)
+        splits[left] = np.array(free)[dealt]
+    return splits
+
+
+def _ratios(settings: Pack) -> NDArray[np.float64]:
+    if settings.folds:
+        return np.full(settings.folds, 1 / settings.folds)
+    return np.array([settings.ratios.train, settings.ratios.val, settings.ratios.test])
+
+
+def _given(settings: Pack, records: Records) -> Ints:
+    """(N,) the split that the configuration's column or files give an image, or UNDEALT."""
+    names = {name: part for part, name in enumerate(settings.split_names)}
+    given = np.full(len(records), UNDEALT)
+    if settings.split_column:
+        column = settings.split_column
+        if column not in records.metadata.column_names:
+            raise UserError(f"no table has a column '{column}'; correct pack.split_column")
+        also = {str(n): n for n in range(settings.folds)} or {"training": 0, "validation": 1, "valid": 1}
+        known = names | also
+        cells = records.metadata[column].to_pylist()
+        values = ["" if cell is None else canonical(cell).lower() for cell in cells]
+        wrong = [n for n, value in enumerate(values) if value and value not in known]
+        if wrong:
+            raise UserError(
+                f"pack.split_column: {len(wrong)} images are in no known split, first "
+                f"{records.keys[wrong[0]]} in '{values[wrong[0]]}'; there are {', '.join(names)}"
+            )
+        given = np.array([known.get(value, UNDEALT) for value in values])
+    row = {key: n for n, key in enumerate(records.keys)}
+    for name, path in settings.split_files.items():
+        given[_listed(path, row)] = names[name]
+    return given
+
+
+def _listed(path: Any, row: dict[str, int]) -> Ints:
+    """Rows of the ids in a file; ids of images that were rejected or dropped are passed over."""
+    try:
+        ids = [without_ending(line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason}); see pack.split_files") from None
+    rows = [row[key] for key in ids if key in row]
+    if not rows:
+        raise UserError(f"{path}: none of its {len(ids)} lines is the id of an image; see pack.split_files")
+    return np.array(rows)
+
+
+def _why_tied(records: Records, one: int, other: int) -> str:
+    if records.groups[one] == records.groups[other]:
+        return f"both of group {records.groups[one]}"
+    if records.lesions[one] and records.lesions[one] == records.lesions[other]:
+        return f"both of lesion {records.lesions[one]}"
+    return "tied by duplicates, perhaps over other images"
+
+
+def _refuse_gaps(settings: Pack, records: Records, groups: Ints, splits: Ints) -> None:
+    classes = tuple(settings.classes)
     gaps = [
         f"{name} has no {label}"
-        for part, name in enumerate(SPLITS)
+        for part, name in enumerate(settings.split_names)
         for index, label in enumerate(classes)
         if not ((splits == part) & (records.labels == index)).any()
     ]
@@ -81,5 +193,54 @@ def _refuse_gaps(records: Records, groups: Ints, splits: Ints, classes: tuple[st
         have = [f"{len(np.unique(groups[records.labels == i]))} with {c}" for i, c in enumerate(classes)]
         raise UserError(
             f"the split cannot be stratified: {few(gaps)}; of {len(np.unique(groups))} groups there are "
-            f"{', '.join(have)}; every split needs one of each class: add groups, or change pack.ratios"
+            f"{', '.join(have)}; every split needs one of each class: add groups, or change "
+            f"{'pack.folds' if settings.folds else 'pack.ratios'}"
         )
+
+
+def _order(settings: Pack, groups: Ints, splits: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """Shuffled images (N,), split by split, and whether a shard may end after each, (N,)."""
+    order = []
+    for part in range(len(settings.split_names)):
+        mine = np.flatnonzero(splits == part)
+        draw = generator(settings.seed, Purpose.ORDER, part)
+        shuffled = draw.permutation(mine)
+        if settings.whole_groups:
+            place = draw.permutation(int(groups.max()) + 1)
+            shuffled = shuffled[np.argsort(place[groups[shuffled]], kind="stable")]
+        order.append(shuffled)
+    joined = np.concatenate(order)
+    ends = np.ones(len(joined), dtype=bool)
+    if settings.whole_groups:
+        ends[:-1] = groups[joined[1:]] != groups[joined[:-1]]
+    return joined, ends
+
+
+def _cut(settings: Pack, splits: Ints, sizes: Ints, ends: NDArray[np.bool_]) -> dict[str, slice]:
+    """Name of each shard -> its images. Alike in number, or filled one by one where bytes or groups count."""
+    shards = {}
+    for part, name in enumerate(settings.split_names):
+        mine = np.flatnonzero(splits == part)
+        if settings.megabytes_per_shard or settings.whole_groups:
+            most = settings.megabytes_per_shard * 1_000_000 or np.inf
+            cuts = _filled(sizes[mine], np.flatnonzero(ends[mine]) + 1, settings.samples_per_shard, most)
+        else:
+            pieces = -(-len(mine) // settings.samples_per_shard)
+            cuts = np.cumsum([len(chunk) for chunk in np.array_split(mine, pieces)]).tolist()
+        for piece, (start, stop) in enumerate(pairwise([0, *cuts])):
+            shards[f"{name}-{piece:06d}"] = slice(int(mine[0]) + start, int(mine[0]) + stop)
+    return shards
+
+
+def _filled(sizes: Ints, allowed: Ints, samples: int, most: float) -> list[int]:
+    """Where shards end: at the last allowed place within both limits, or the next one if there is none."""
+    total = np.cumsum(sizes)
+    cuts = [0]
+    while cuts[-1] < len(sizes):
+        start = cuts[-1]
+        before = total[start - 1] if start else 0
+        fits = min(start + samples, int(np.searchsorted(total, before + most, side="right")))
+        last = int(np.searchsorted(allowed, fits, side="right")) - 1
+        beyond = int(np.searchsorted(allowed, start, side="right"))
+        cuts.append(int(allowed[max(last, beyond)]))
+    return cuts[1:]

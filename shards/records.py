@@ -1,92 +1,241 @@
-"""Metadata table and image folder -> validated records: one key, group, label and file an image."""
+"""Metadata tables -> validated records: one key, group, label and source an image."""
 
-import contextlib
-import difflib
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import csv
 
 from configs.errors import UserError
-from configs.schema import Pack, canonical
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-"""Image files are known by these endings, in either case."""
+from configs.schema import Pack, Source, canonical
+from shards.images import without_ending
+from shards.tables import few, read_table, refuse_blanks, require, texts, typed
 
 _KEY = re.compile(r"(?:(?![./\\])[!-~]){1,90}")
 """Printable ASCII without dot, space and slash, short enough for a member's name in a USTAR header."""
 
-_NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"
-
 
 @dataclass(frozen=True)
 class Records:
-    """N images of a table, in its order."""
+    """N images of one or more tables, in their order."""
 
     keys: NDArray[np.object_]
+    """(N,) names in the shard set: image ids without a file's ending, behind their source's name if any."""
+    ids: NDArray[np.object_]
     """(N,) image ids, without a file's ending."""
+    sources: NDArray[np.object_]
+    """(N,) names of the sources; empty where there is one without a name."""
     groups: NDArray[np.object_]
-    """(N,) group names: patients, or lesions."""
+    """(N,) group names: patients, or lesions; behind their source's name if any."""
+    lesions: NDArray[np.object_]
+    """(N,) lesion names, empty where none is known; behind their source's name if any."""
     labels: NDArray[np.int64]
     """(N,) class indices."""
     metadata: pa.Table
-    """N rows: the table's columns but id and group; numbers as numbers, blanks as nulls."""
+    """N rows: the tables' columns but id and group; numbers as numbers, blanks as nulls."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def take(self, rows: NDArray[np.int64]) -> "Records":
         """The records at `rows` (k,), in that order."""
-        return Records(self.keys[rows], self.groups[rows], self.labels[rows], self.metadata.take(rows))
-
-
-def few(items: Sequence[object], limit: int = 3) -> str:
-    """The first few of many, and how many more there are."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(map(str, items[:limit])) + more
+        return Records(
+            keys=self.keys[rows],
+            ids=self.ids[rows],
+            sources=self.sources[rows],
+            groups=self.groups[rows],
+            lesions=self.lesions[rows],
+            labels=self.labels[rows],
+            metadata=self.metadata.take(rows),
+        )
 
 
 def read(settings: Pack) -> Records:
-    """Read and validate the metadata table.
+    """Read and validate the metadata tables of all sources.
 
     Raises:
         UserError: for a table that cannot be read, a missing column, a row without id or group, an id given
-            twice or unfit for a key, a label that belongs to no class.
+            twice or unfit for a key, a label that belongs to no class, a class without an image.
     """
-    path = settings.table
-    table = _read_csv(path, "pack.table")
-    for key in ("id_column", "group_column", "label_column"):
-        _require(table, path, getattr(settings, key), f"pack.{key}")
-    keys = _keys(path, table, settings.id_column)
-    groups = _texts(table, settings.group_column)
-    _refuse_blanks(path, groups, f"group (column '{settings.group_column}')")
-    labels = _labels(settings, keys, _texts(table, settings.label_column))
-    others = table.drop_columns(list({settings.id_column, settings.group_column} - {settings.label_column}))
-    metadata = pa.table({name: _typed(others.column(name)) for name in others.column_names if name})
-    return Records(np.array(keys, dtype=object), np.array(groups, dtype=object), labels, metadata)
+    parts = [_read(name, source) for name, source in settings.each_source.items()]
+    tables = pa.concat_tables([part.metadata for part in parts], promote_options="default")
+    columns = {name: typed(tables[name].combine_chunks()) for name in tables.column_names}
+    records = Records(
+        keys=np.concatenate([part.keys for part in parts]),
+        ids=np.concatenate([part.ids for part in parts]),
+        sources=np.concatenate([part.sources for part in parts]),
+        groups=np.concatenate([part.groups for part in parts]),
+        lesions=np.concatenate([part.lesions for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        metadata=pa.table(columns) if columns else tables,
+    )
+    _refuse_empty_classes(settings, records.labels)
+    return records
 
 
-def read_pairs(path: Path, keys: NDArray[np.object_]) -> NDArray[np.int64]:
-    """Listed duplicates as rows (m, 2) of `keys` (n,); pairs with an image outside the table are left out.
+def read_pairs(settings: Pack, records: Records) -> NDArray[np.int64]:
+    """Listed duplicates as rows (m, 2) of `records`; pairs with an image outside the tables are left out.
 
     Raises:
-        UserError: if the list cannot be read, has not two columns, or names no pair of the table.
+        UserError: if a list cannot be read, has not two columns, or names no pair of its table.
     """
-    table = _read_csv(path, "pack.duplicates")
+    pairs = [
+        _read_pairs(source.duplicates, {records.ids[row]: int(row) for row in rows})
+        for name, source in settings.each_source.items()
+        if source.duplicates
+        for rows in [np.flatnonzero(records.sources == name)]
+    ]
+    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+
+
+def table_of(source: Source) -> pa.Table:
+    """All columns of a source as text, further tables joined by id."""
+    if source.table is None:
+        from shards.webshards import table
+
+        return table(source.images)
+    table = read_table(source.table, "pack.table")
+    require(table, source.table, source.id_column, "pack.id_column")
+    for path in source.more_tables:
+        table = _join(table, read_table(path, "pack.more_tables"), path, source.id_column)
+    return table
+
+
+def _read(name: str, source: Source) -> Records:
+    """The records of one source, metadata still as text."""
+    path = source.table or source.images
+    table = table_of(source)
+    require(table, path, source.id_column, "pack.id_column")
+    require(table, path, source.group_column, "pack.group_column")
+    ids = _ids(path, table, source.id_column)
+    groups = texts(table, source.group_column)
+    if source.blank_groups == "own":
+        groups = [group or f"alone-{key}" for key, group in zip(ids, groups, strict=True)]
+    refuse_blanks(
+        path, groups, f"group (column '{source.group_column}')", "; or set pack.blank_groups to own"
+    )
+    lesion = source.lesion_column
+    lesions = texts(table, lesion) if lesion in table.column_names else [""] * len(ids)
+    labels = _one_hot(source, path, ids, table) if source.one_hot else _labels(source, path, ids, table)
+    labelled = {source.label_column, source.lesion_column}
+    others = [
+        n for n in table.column_names if n and n not in {source.id_column, source.group_column} - labelled
+    ]
+
+    def named(values: Sequence[str], joint: str) -> NDArray[np.object_]:
+        return np.array([f"{name}{joint}{v}" if name and v else v for v in values], dtype=object)
+
+    return Records(
+        keys=named(ids, "_"),
+        ids=np.array(ids, dtype=object),
+        sources=np.array([name] * len(ids), dtype=object),
+        groups=named(groups, "/"),
+        lesions=named(lesions, "/"),
+        labels=labels,
+        metadata=table.select(others),
+    )
+
+
+def _join(table: pa.Table, other: pa.Table, path: Path, id_column: str) -> pa.Table:
+    """The columns of `other` that `table` lacks, by id. Ids that `other` lacks get blanks."""
+    require(other, path, id_column, "pack.id_column")
+    row = {without_ending(text): number for number, text in enumerate(texts(other, id_column))}
+    if len(row) < other.num_rows:
+        raise UserError(
+            f"{path}: {other.num_rows - len(row)} image ids occur more than once; keep one row each"
+        )
+    rows = pa.array([row.get(without_ending(text)) for text in texts(table, id_column)], pa.int64())
+    if rows.null_count == len(rows):
+        raise UserError(
+            f"{path}: has none of the table's images in column '{id_column}'; see pack.more_tables"
+        )
+    for name in other.column_names:
+        if name and name not in table.column_names:
+            table = table.append_column(name, other[name].take(rows))
+    return table
+
+
+def _ids(path: object, table: pa.Table, column: str) -> list[str]:
+    ids = [without_ending(text) for text in texts(table, column)]
+    refuse_blanks(path, ids, f"image id (column '{column}')")
+    twice = [key for key, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{path}: {len(twice)} image ids occur more than once ({few(twice)}); keep one row each"
+        )
+    unfit = [repr(key) for key in ids if not _KEY.fullmatch(key)]
+    if unfit:
+        raise UserError(
+            f"{path}: {len(unfit)} image ids cannot name a file in a shard ({few(unfit)}); use at most 90 "
+            "ASCII characters without dot, space and slash"
+        )
+    return ids
+
+
+def _labels(source: Source, path: object, ids: Sequence[str], table: pa.Table) -> NDArray[np.int64]:
+    """Class indices (N,) from the label column."""
+    column = source.label_column
+    require(table, path, column, "pack.label_column")
+    meaning = {
+        canonical(value): index for index, values in enumerate(source.classes.values()) for value in values
+    }
+    rest = meaning.pop("*", None)
+    values = [canonical(text) for text in texts(table, column)]
+    refuse = [n for n, value in enumerate(values) if value not in meaning and (rest is None or not value)]
+    if refuse:
+        found = [f"{value!r} ({count})" for value, count in Counter(values[n] for n in refuse).most_common()]
+        raise UserError(
+            f"{path}: {len(refuse)} labels belong to no class, first at image {ids[refuse[0]]}; column "
+            f"'{column}' holds {few(found, 8)}; pack.classes knows {few(list(meaning), 8)}"
+        )
+    return np.array([meaning.get(value, rest) for value in values], dtype=np.int64)
+
+
+def _one_hot(source: Source, path: object, ids: Sequence[str], table: pa.Table) -> NDArray[np.int64]:
+    """Class indices (N,) from the columns that `classes` names: exactly one of them must be 1 in each row."""
+    index, hot = [], []
+    for number, columns in enumerate(source.classes.values()):
+        for column in map(str, columns):
+            require(table, path, column, "pack.classes")
+            index.append(number)
+            hot.append([canonical(text) == "1" for text in texts(table, column)])
+    matrix = np.array(hot)  # (columns, N)
+    wrong = np.flatnonzero(matrix.sum(axis=0) != 1)
+    if len(wrong):
+        raise UserError(
+            f"{path}: {len(wrong)} images have not exactly one 1 in the columns that pack.classes names, "
+            f"first {ids[wrong[0]]}; name all columns, or take the rows out"
+        )
+    return np.asarray(np.array(index)[matrix.argmax(axis=0)], dtype=np.int64)
+
+
+def _refuse_empty_classes(settings: Pack, labels: NDArray[np.int64]) -> None:
+    counts = np.bincount(labels, minlength=len(settings.classes))
+    empty = [name for name, count in zip(settings.classes, counts, strict=True) if not count]
+    if not empty:
+        return
+    where: list[Any] = [source.table or source.images for source in settings.each_source.values()]
+    held = ""
+    if not settings.one_hot and not settings.sources:
+        column = settings.label_column
+        values = sorted(set(map(canonical, texts(table_of(settings), column))))
+        held = f"; column '{column}' holds {few(values, 8)}"
+    raise UserError(
+        f"{few(where)}: no image of class {few(empty)}{held}; correct pack.classes or pack.label_column"
+    )
+
+
+def _read_pairs(path: Path, row: dict[str, int]) -> NDArray[np.int64]:
+    table = read_table(path, "pack.duplicates")
     columns = [name for name in table.column_names if name]
     if len(columns) != 2:
         raise UserError(f"{path}: pack.duplicates must have two columns of image ids, found {columns}")
-    row = {key: number for number, key in enumerate(keys)}
-    ids = [[_without_suffix(text) for text in _texts(table, name)] for name in columns]
+    ids = [[without_ending(text) for text in texts(table, name)] for name in columns]
     pairs = [(row[one], row[other]) for one, other in zip(*ids, strict=True) if one in row and other in row]
     if not pairs:
         raise UserError(
@@ -94,138 +243,3 @@ def read_pairs(path: Path, keys: NDArray[np.object_]) -> NDArray[np.int64]:
             "give the list that belongs to this table, or leave pack.duplicates out"
         )
     return np.array(pairs, dtype=np.int64)
-
-
-def locate(keys: Iterable[str], folder: Path) -> list[Path]:
-    """The image file of every key, sought in `folder` and its subfolders by its name without the ending.
-
-    Raises:
-        UserError: if the folder or an image is missing, or a key has more than one file.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; set pack.images to the folder that holds the images")
-    files: dict[str, list[Path]] = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            file = Path(root, name)
-            if file.suffix.lower() in SUFFIXES:
-                files.setdefault(file.stem, []).append(file)
-    missing, located = [], []
-    for key in keys:
-        found = files.get(key, [])
-        if len(found) > 1:
-            several = few(sorted(str(file.relative_to(folder)) for file in found))
-            raise UserError(f"{folder}: image id {key} has {len(found)} files ({several}); keep one")
-        located += found
-        if not found:
-            missing.append(key)
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of the table's {len(missing) + len(located)} images not found "
-            f"({few(missing)}); {len(files)} images are there and below; set pack.images to their folder, "
-            "or take the rows out of the table"
-        )
-    return located
-
-
-def _read_csv(path: Path, key: str) -> pa.Table:
-    """Every column as text with blanks as nulls, so that no type is guessed from the first rows alone."""
-    parse = csv.ParseOptions(newlines_in_values=True)
-    try:
-        with csv.open_csv(path, parse_options=parse) as start:
-            names = start.schema.names
-        as_text = csv.ConvertOptions(column_types={n: pa.string() for n in names}, strings_can_be_null=True)
-        table = csv.read_csv(path, parse_options=parse, convert_options=as_text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: table not found; set {key} to a CSV file") from None
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read as a CSV table in UTF-8 ({reason}); see {key}") from None
-    names = [name.strip() for name in names]
-    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
-    if twice:
-        raise UserError(f"{path}: column {few(twice)} is there twice; rename or delete one")
-    if not table.num_rows:
-        raise UserError(f"{path}: has a header and no rows; set {key} to the full table")
-    return table.rename_columns(names)
-
-
-def _require(table: pa.Table, path: Path, column: str, key: str) -> None:
-    if column in table.column_names:
-        return
-    near = difflib.get_close_matches(column, table.column_names, n=1)
-    raise UserError(
-        f"{path}: no column '{column}'; it has {', '.join(filter(None, table.column_names))}; "
-        f"set {key}" + (f", perhaps to {near[0]}" if near else " to one of them")
-    )
-
-
-def _texts(table: pa.Table, column: str) -> list[str]:
-    """A column's values, trimmed; a blank is the empty string."""
-    return [(text or "").strip() for text in table.column(column).to_pylist()]
-
-
-def _refuse_blanks(path: Path, texts: Sequence[str], what: str) -> None:
-    blank = [number for number, text in enumerate(texts, start=1) if not text]
-    if blank:
-        raise UserError(
-            f"{path}: {len(blank)} rows have no {what}: data row {few(blank)}; fill it in, or take them out"
-        )
-
-
-def _without_suffix(text: str) -> str:
-    suffix = Path(text).suffix
-    return text.removesuffix(suffix) if suffix.lower() in SUFFIXES else text
-
-
-def _keys(path: Path, table: pa.Table, column: str) -> list[str]:
-    keys = [_without_suffix(text) for text in _texts(table, column)]
-    _refuse_blanks(path, keys, f"image id (column '{column}')")
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"{path}: {len(twice)} image ids occur more than once ({few(twice)}); keep one row each"
-        )
-    unfit = [repr(key) for key in keys if not _KEY.fullmatch(key)]
-    if unfit:
-        raise UserError(
-            f"{path}: {len(unfit)} image ids cannot name a file in a shard ({few(unfit)}); use at most 90 "
-            "ASCII characters without dot, space and slash"
-        )
-    return keys
-
-
-def _labels(settings: Pack, keys: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
-    """Class indices (N,). Every class must occur."""
-    path, column = settings.table, settings.label_column
-    meaning = {
-        canonical(value): index for index, values in enumerate(settings.classes.values()) for value in values
-    }
-    values = [canonical(text) for text in texts]
-    unknown = [number for number, value in enumerate(values) if value not in meaning]
-    if unknown:
-        found = [f"{value!r} ({count})" for value, count in Counter(values[n] for n in unknown).most_common()]
-        raise UserError(
-            f"{path}: {len(unknown)} labels belong to no class, first at image {keys[unknown[0]]}; column "
-            f"'{column}' holds {few(found, 8)}; pack.classes knows {few(list(meaning), 8)}"
-        )
-    labels = np.array([meaning[value] for value in values], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(settings.classes))
-    empty = [name for name, count in zip(settings.classes, counts, strict=True) if not count]
-    if empty:
-        raise UserError(
-            f"{path}: no image of class {few(empty)}; column '{column}' holds {few(sorted(set(values)), 8)}; "
-            "correct pack.classes or pack.label_column"
-        )
-    return labels
-
-
-def _typed(column: Any) -> Any:
-    """A column of text as int64 or float64 where every value is a plain, finite number, else as it is."""
-    if pc.all(pc.match_substring_regex(column, _NUMBER)).as_py():
-        for kind in (pa.int64(), pa.float64()):
-            with contextlib.suppress(pa.ArrowInvalid):
-                numbers = column.cast(kind)
-                if pc.all(pc.is_finite(numbers)).as_py():
-                    return numbers
-    return column

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from configs.schema import Experiment
 from shards.files import read_json, sha256
-from shards.records import few
+from shards.tables import few
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -22,8 +23,11 @@ MANIFEST = "dataset.json"
 SAMPLES = "samples.parquet"
 NOTICE = "NOTICE.txt"
 """Lies beside a source table, where it has something to say that no reader must miss."""
-COLUMNS = ("index", "key", "split", "shard", "offset", "size", "crc32", "width", "height", "label", "group")
-"""Columns of `samples.parquet` before those of the source table; `shard` is the tar's file name."""
+COLUMNS = (
+    *("index", "key", "split", "shard", "offset", "size", "crc32", "width", "height"),
+    *("label", "group", "lesion", "source"),
+)
+"""Columns of `samples.parquet` before those of the source tables; `shard` is the tar's file name."""
 
 Ints = NDArray[np.int64]
 
@@ -38,15 +42,26 @@ class ShardSet:
     samples: pa.Table
     """`samples.parquet`: N rows."""
     sha256: str
-    """Of `dataset.json`: the identity of the set, since that holds the sums of all other files."""
+    """Of `dataset.json`, with the fold: the set's identity, since it holds the sums of all other files."""
+    fold: int = 0
+    """Of a set packed in folds: the one that is the test set."""
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardSet":
+    def open(cls, place: Path | str, fold: int = 0) -> "ShardSet":
         """Open a shard set: every file's size is compared, no tar's content is read.
+
+        Args:
+            place: its folder.
+            fold: of a set packed in folds: the one that is the test set.
 
         Raises:
             UserError: if the folder is no shard set, of another format version, incomplete or damaged.
         """
+        if is_url(place):
+            raise UserError(
+                f"{place}: a set at a URL cannot be read in place; copy it to a local folder first"
+            )
+        folder = Path(place)
         path = folder / MANIFEST
         if not path.is_file():
             raise UserError(
@@ -72,7 +87,19 @@ class ShardSet:
             raise UserError(
                 f"{folder}: damaged shard set: {few(wrong)}; copy it again or run `moleprint pack` anew"
             )
-        return cls(folder, manifest, pq.read_table(folder / SAMPLES), sha256(path))
+        folds = manifest["settings"]["folds"]
+        if fold >= max(folds, 1):
+            has = f"has {folds} folds, counted from 0" if folds else "is not packed in folds"
+            raise UserError(
+                f"{folder}: there is no fold {fold}, the set {has}; set loader.fold or pack.folds"
+            )
+        identity = f"{sha256(path)}-fold{fold}" if folds else sha256(path)
+        return cls(folder, manifest, pq.read_table(folder / SAMPLES), identity, fold)
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "ShardSet":
+        """Open an experiment's shard set, with the fold it asks for; raises UserError as `open` does."""
+        return cls.open(experiment.pack.output, experiment.loader.fold)
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)
@@ -148,27 +175,25 @@ class ShardSet:
         return self._ints("height")
 
     def split(self, name: str) -> Ints:
-        """Indices (n,) of a split's samples, ascending."""
+        """Indices (n,) of a split's samples, ascending. The fold after the test set is for validation."""
         if name not in SPLITS:
             raise ValueError(f"no split '{name}'; there are {', '.join(SPLITS)}")
-        return np.flatnonzero(self._splits == SPLITS.index(name)).astype(np.int64)
+        parts = self.parts
+        if parts == SPLITS:
+            return np.flatnonzero(self._parts == parts.index(name)).astype(np.int64)
+        held_out = {"test": self.fold, "val": (self.fold + 1) % len(parts)}
+        if name in held_out:
+            return np.flatnonzero(self._parts == held_out[name]).astype(np.int64)
+        return np.flatnonzero(~np.isin(self._parts, list(held_out.values()))).astype(np.int64)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that groups were dealt to: train, val, test, or folds."""
+        return tuple(self.manifest["splits"])
 
     def summary(self) -> list[str]:
         """Images, groups and images of each class per split, with their shares: lines to print."""
-        splits: dict[str, dict[str, Any]] = self.manifest["splits"]
-        rows = [["", "images", "groups", *self.classes]]
-        flat = {
-            name: [about["images"], about["groups"], *about["classes"].values()]
-            for name, about in splits.items()
-        }
-        totals = [sum(column) for column in zip(*flat.values(), strict=True)]
-        for name, counts in flat.items():
-            rows.append([name, *(f"{n:,} ({n / of:.1%})" for n, of in zip(counts, totals, strict=True))])
-        rows.append(["all", *(f"{total:,}" for total in totals)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return [
-            "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        return summary(self.manifest)
 
     @cached_property
     def _coded_groups(self) -> tuple[tuple[str, ...], Ints]:
@@ -176,12 +201,37 @@ class ShardSet:
         return tuple(coded.dictionary.to_pylist()), coded.indices.to_numpy().astype(np.int64)
 
     @cached_property
-    def _splits(self) -> Ints:
-        """(N,) index of the sample's split in SPLITS."""
-        return self._codes("split", SPLITS)
+    def _parts(self) -> Ints:
+        """(N,) index of the sample's part in `parts`."""
+        return self._codes("split", self.parts)
 
     def _codes(self, column: str, names: Sequence[str]) -> Ints:
         return np.asarray(pc.index_in(self.samples[column], pa.array(names)), dtype=np.int64)
 
     def _ints(self, column: str) -> Ints:
         return np.asarray(self.samples[column], dtype=np.int64)
+
+
+def is_url(place: Path | str) -> bool:
+    """Whether a place is a URL such as s3://bucket/set, not a folder."""
+    return isinstance(place, str) and "://" in place
+
+
+def summary(manifest: Mapping[str, Any]) -> list[str]:
+    """Images, groups and images of each class per split of `dataset.json`, with their shares."""
+    splits: dict[str, dict[str, Any]] = manifest["splits"]
+    rows = [["", "images", "groups", *manifest["classes"]]]
+    flat = {
+        name: [about["images"], about["groups"], *about["classes"].values()] for name, about in splits.items()
+    }
+    totals = [sum(column) for column in zip(*flat.values(), strict=True)]
+    for name, counts in flat.items():
+        rows.append([name, *(f"{n:,} ({n / of:.1%})" for n, of in zip(counts, totals, strict=True))])
+    rows.append(["all", *(f"{total:,}" for total in totals)])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's rows with its columns under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]

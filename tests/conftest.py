@@ -70,4 +70,5 @@ def tiny_pack(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_pack: Pack) -> ShardSet:
     """The tiny images, packed and opened."""
-    return pack(tiny_pack, progress=False)
+    pack(tiny_pack, progress=False)
+    return ShardSet.open(tiny_pack.output)

@@ -74,7 +74,7 @@ def run(experiment: Experiment, world: World) -> None:
 
 
 def _run(experiment: Experiment, world: World) -> None:
-    shards = ShardSet.open(experiment.pack.output)
+    shards = ShardSet.of(experiment)
     encoder, about = runfolder.load_encoder(experiment.run.folder, world.device)
     if about["shards_sha256"] != shards.sha256:
         raise UserError(

@@ -54,8 +54,9 @@ def run(experiment: Experiment, world: World) -> None:
 def finished(experiment: Experiment) -> bool:
     """Whether the run folder holds the encoder of this configuration and shard set."""
     try:
-        about = read_json(experiment.run.folder / "encoder.json", "moleprint train CONFIG")
-        shards = ShardSet.open(experiment.pack.output)
+        needs = ("made_from", "encoder_sha256")
+        about = read_json(experiment.run.folder / "encoder.json", "moleprint train CONFIG", needs)
+        shards = ShardSet.of(experiment)
         weights = sha256(experiment.run.folder / "encoder.safetensors")
     except (UserError, OSError):
         return False
@@ -78,7 +79,7 @@ class Trainer:
     def __init__(self, experiment: Experiment, world: World) -> None:
         self.experiment, self.settings, self.world = experiment, experiment.train, world
         self.folder = experiment.run.folder
-        self.shards = ShardSet.open(experiment.pack.output)
+        self.shards = ShardSet.of(experiment)
         self.fingerprint = checkpoint.fingerprint(experiment, self.shards.sha256)
         sampler = training_sampler(
             self.shards, experiment.loader, seed=self.settings.seed, world_size=world.size
@@ -250,7 +251,7 @@ class Trainer:
         about = {
             **self.experiment.model.model_dump(include={"backbone", "embedding_dim"}),
             "preprocessing": {"size": loader.size, "mean": loader.mean, "std": loader.std},
-            "encoding": self.shards.manifest["settings"],
+            "encoding": self.shards.manifest["settings"]["encode"],
             "classes": self.shards.classes,
             "positive": self.shards.positive,
             "shards_sha256": self.shards.sha256,

@@ -39,7 +39,7 @@ def test_the_reference_is_the_published_recipe() -> None:
     e = load(PRESETS[0].with_name("isic2020_reference.yaml"))
     assert e.pack.group_column == "patient_id" and e.pack.undersample
     assert (e.pack.ratios.train, e.pack.ratios.val, e.pack.ratios.test) == (0.7, 0.1, 0.2)
-    assert (e.pack.short_side, e.loader.size) == (256, 256)
+    assert (e.pack.encode.size, e.loader.size) == (256, 256)
     assert e.loader.mean == e.loader.std == (0.5, 0.5, 0.5)
     augment = e.loader.augment
     assert augment.symmetries and augment.rotation > 0

@@ -27,7 +27,7 @@ def tiny(folder: Path) -> list[str]:
         f"pack.table={folder}/images/metadata.csv",
         f"pack.images={folder}/images/images",
         f"pack.output={folder}/shards",
-        "pack.short_side=40",
+        "pack.encode.size=40",
         "pack.workers=1",
         "loader.global_batch=8",
         "loader.size=32",
@@ -186,6 +186,11 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(  # type: ignore[no-un
     verb, *rest = mistake.split()
     arguments = [word for r in rest for word in ([DEMO, *tiny(folder)] if r == "DEMO" else [r])]
     monkeypatch.chdir(tmp_path)
+    if "damaged" in mistake:
+        damaged = shutil.copytree(folder / "shards", tmp_path / "damaged")
+        tar = damaged / "test-000000.tar"
+        tar.write_bytes(tar.read_bytes()[:600] + b"damage" + tar.read_bytes()[606:])
+    before = sorted(tmp_path.iterdir())
     done = moleprint(verb, *arguments)
     assert done.status == 2, done.err
     told = [line for line in done.err.splitlines() if "error:" in line]
@@ -193,4 +198,4 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(  # type: ignore[no-un
     assert "Traceback" not in done.err
     for word in MISTAKES[mistake]:
         assert word in told[0]
-    assert not list(tmp_path.iterdir())
+    assert sorted(tmp_path.iterdir()) == before

@@ -7,6 +7,7 @@ import pytest
 
 from configs.schema import Pack
 from shards.plan import make_plan
+from shards.records import read
 from shards.shardset import SPLITS
 from shards.split import connect, split, tie, undersample
 
@@ -88,7 +89,7 @@ def test_the_real_isic_2020_table_splits_as_asked(action: str) -> None:
         duplicates=duplicates,
         duplicates_action=action,
     )
-    plan = make_plan(settings)
+    plan = make_plan(settings, read(settings))
     pairs = [line.split(",") for line in duplicates.read_text().split()[1:]]
     split_of = dict(zip(plan.records.keys, plan.splits, strict=True))
     if action == "drop":

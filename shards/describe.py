@@ -1,0 +1,163 @@
+"""What a shard set says of itself: `samples.parquet` and `dataset.json`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from configs.errors import UserError
+from configs.schema import Pack
+from shards import leaks
+from shards.files import sha256
+from shards.plan import Plan
+from shards.scan import Fact
+from shards.shardset import COLUMNS, FORMAT_VERSION, NOTICE, summary
+from shards.tables import few
+from shards.tar import Shard
+
+DUPLICATES, REJECTED = "duplicates.csv", "rejected.csv"
+
+
+def samples_table(settings: Pack, plan: Plan, facts: Sequence[Fact], shards: Sequence[Shard]) -> pa.Table:
+    """`samples.parquet`: what every reader needs, then the source tables' columns."""
+    records, mine = plan.records, [facts[row] for row in plan.rows]
+    columns: dict[str, Any] = {
+        "index": np.arange(len(records)),
+        "key": pa.array(records.keys, pa.string()),
+        "split": pa.array(np.array(settings.split_names)[plan.splits]),
+        "shard": pa.array(
+            [f"{name}.tar" for name, rows in plan.shards.items() for _ in range(rows.start, rows.stop)]
+        ),
+        "offset": np.array([offset for shard in shards for offset in shard.offsets], dtype=np.int64),
+        "size": np.array([fact.size for fact in mine], dtype=np.int64),
+        "crc32": np.array([fact.crc32 for fact in mine], dtype=np.uint32),
+        "width": np.array([fact.width for fact in mine], dtype=np.int64),
+        "height": np.array([fact.height for fact in mine], dtype=np.int64),
+        "label": records.labels,
+        "group": pa.array(records.groups, pa.string()),
+        "lesion": pa.array([name or None for name in records.lesions], pa.string()),
+        "source": pa.array(records.sources, pa.string()),
+    }
+    columns = {name: columns[name] for name in COLUMNS}
+    for name in records.metadata.column_names:
+        free = name
+        while free in columns:
+            free = f"source_{free}"
+        columns[free] = records.metadata[name]
+    return pa.table(columns)
+
+
+def manifest(
+    settings: Pack, plan: Plan, samples: pa.Table, files: dict[str, Any], rejected: int
+) -> dict[str, Any]:
+    """`dataset.json`: what the set was made from and how, and what every file must be."""
+    classes, records = tuple(settings.classes), plan.records
+    splits = {}
+    for part, name in enumerate(settings.split_names):
+        rows = plan.splits == part
+        counts = np.bincount(records.labels[rows], minlength=len(classes)).tolist()
+        splits[name] = {
+            "images": int(rows.sum()),
+            "groups": len(set(records.groups[rows])),
+            "classes": dict(zip(classes, counts, strict=True)),
+        }
+    kinds = np.bincount(plan.pairs.kinds, minlength=len(leaks.KINDS)).tolist()
+    one, other = records.groups[plan.pairs.rows].T if len(plan.pairs.rows) else ((), ())
+    for column in ("group", "lesion"):
+        assert not leaks.crossing(samples[column].to_pylist(), samples["split"].to_pylist()), column
+    return {
+        "version": FORMAT_VERSION,
+        "sources": {
+            name: {
+                "table": _file(source.table),
+                "more_tables": [_file(path) for path in source.more_tables],
+                "images": Path(source.images).name,
+                "duplicates": _file(source.duplicates),
+            }
+            for name, source in settings.each_source.items()
+        },
+        "split_files": {name: _file(path) for name, path in settings.split_files.items()},
+        "settings": _settings(settings),
+        "classes": classes,
+        "positive": settings.positive or classes[-1],
+        "splits": splits,
+        "duplicates": dict(zip(leaks.KINDS, kinds, strict=True))
+        | {"pairs_across_groups": int(np.sum(np.asarray(one) != np.asarray(other)))},
+        "rejected": rejected,
+        "files": files,
+        **_notice(settings),
+    }
+
+
+def _notice(settings: Pack) -> dict[str, str]:
+    tables = [source.table for source in settings.each_source.values() if source.table]
+    notices = [path.with_name(NOTICE) for path in tables]
+    texts = [path.read_text(encoding="utf-8", errors="replace").strip() for path in notices if path.is_file()]
+    text = "\n".join(dict.fromkeys(filter(None, texts)))
+    return {"notice": text} if text else {}
+
+
+def _file(path: Path | None) -> dict[str, str] | None:
+    return {"name": path.name, "sha256": sha256(path)} if path else None
+
+
+def _settings(settings: Pack) -> dict[str, Any]:
+    """All but what differs from machine to machine without effect on a byte."""
+    places = {"table", "more_tables", "images", "duplicates"}
+    return settings.model_dump(
+        mode="json",
+        exclude={
+            **dict.fromkeys(places | {"output", "work", "workers", "split_files"}, True),
+            "sources": dict.fromkeys(settings.sources, places),
+        },
+    )
+
+
+def said(made: Mapping[str, Any], place: object) -> list[str]:
+    """Lines to print of a set that was just packed."""
+    found = made["duplicates"]
+    kinds = ", ".join(f"{found[kind]:,} {kind}" for kind in leaks.KINDS)
+    across = f", {found['pairs_across_groups']:,} of them between groups" if any(found.values()) else ""
+    lines = [str(place), *summary(made), f"duplicates, each pair in one split: {kinds}{across}"]
+    if made["rejected"]:
+        lines.append(f"rejected: {made['rejected']:,} images, listed in {REJECTED}")
+    return lines
+
+
+def check_made_by(made: Mapping[str, Any], settings: Pack, where: object) -> None:
+    """Make sure that a shard set is what `settings` would make, as far as their tables are at hand.
+
+    Args:
+        made: content of the set's `dataset.json`.
+        where: the set, for messages.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    before, now = made["settings"], _settings(settings)
+    differ = [
+        f"pack.{key} is {now[key]}, was {before.get(key)}" for key in now if now[key] != before.get(key)
+    ]
+    for name, source in settings.each_source.items():
+        was = made["sources"].get(name, {})
+        paths = {"table": source.table, "duplicates": source.duplicates}
+        differ += _changed(f"pack.sources.{name}." if name else "pack.", paths, was)
+    differ += _changed("pack.split_files.", settings.split_files, made["split_files"])
+    if differ:
+        raise UserError(
+            f"{where}: was packed with other settings: {few(differ)}; delete it, or set "
+            "pack.output to another folder"
+        )
+
+
+def _changed(prefix: str, paths: Mapping[str, Path | None], was: dict[str, Any]) -> list[str]:
+    differ = []
+    for key, path in paths.items():
+        before = was.get(key)
+        if path and before and not path.is_file():
+            continue  # the tables may be gone, the shards are whole without them
+        if (path and sha256(path)) != (before and before["sha256"]):
+            differ.append(f"{prefix}{key} is {path}, was {'another ' + before['name'] if before else None}")
+    return differ

@@ -1,0 +1,193 @@
+"""Where the encoded bytes of images lie: in a folder, a tar, a zip, an HDF5 file, or WebDataset shards.
+
+Light to import: worker processes start with it.
+"""
+
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+"""Image files are known by these endings, in either case."""
+
+
+class Ref(NamedTuple):
+    """The encoded bytes of one image."""
+
+    path: str
+    """File that holds them."""
+    name: str
+    """What to call the image in a message: a path of its own, or its name in an archive."""
+    stamp: str
+    """Changes when the file does: its size and time of modification."""
+    offset: int = 0
+    """First byte in the file."""
+    size: int = -1
+    """Bytes; −1 is the rest of the file."""
+    member: str = ""
+    """Name in a zip or HDF5 file, which `offset` and `size` say nothing of."""
+
+
+def without_ending(text: str) -> str:
+    """An image id without a file's ending."""
+    suffix = Path(text).suffix
+    return text.removesuffix(suffix) if suffix.lower() in SUFFIXES else text
+
+
+def locate(ids: Sequence[str], images: str, scratch: Path) -> list[Ref]:
+    """The bytes of every image id, sought by their file's name without its ending.
+
+    Args:
+        ids: image ids without a file's ending.
+        images: a folder, a .tar, .zip or .hdf5 file, or WebDataset shards.
+        scratch: folder that images which must be streamed from a URL are copied to, once.
+
+    Raises:
+        UserError: if the place or an image is missing or unreadable, or an id has more than one image.
+    """
+    found: dict[str, list[Ref]] = {}
+    for stem, ref in _entries(images, scratch):
+        found.setdefault(stem, []).append(ref)
+    missing, located = [], []
+    for key in ids:
+        here = found.get(key, [])
+        if len(here) > 1:
+            several = ", ".join(sorted(ref.name for ref in here)[:3])
+            raise UserError(f"{images}: image id {key} has {len(here)} files ({several}); keep one")
+        located += here
+        if not here:
+            missing.append(key)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{images}: {len(missing)} of the table's {len(ids)} images not found "
+            f"({', '.join(missing[:3])}{more}); {len(found)} images are there and below; set pack.images to "
+            "their place, or take the rows out of the table"
+        )
+    return located
+
+
+def read(ref: Ref) -> bytes:
+    """The encoded bytes.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    try:
+        if not ref.member:
+            with open(ref.path, "rb", buffering=0) as file:  # noqa: PTH123 - 20 µs faster an image
+                if ref.offset:
+                    file.seek(ref.offset)
+                return file.read(ref.size)
+        if ref.path.lower().endswith(".zip"):
+            return _zip(ref.path).read(ref.member)
+        value = _hdf5(ref.path)[ref.member][()]
+        return value if isinstance(value, bytes) else np.asarray(value).tobytes()
+    except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:
+    """(name without folder and ending, bytes) of every image in a place."""
+    path = Path(images)
+    kind = path.suffix.lower()
+    if path.is_dir():
+        yield from _in_folder(path)
+    elif "://" in images or "{" in images or "::" in images or images.endswith((".tar.gz", ".tgz")):
+        from shards import webshards
+
+        for shard in webshards.expand(images):
+            yield from (
+                _in_tar(Path(shard))
+                if Path(shard).is_file() and shard.endswith(".tar")
+                else (webshards.staged(shard, scratch))
+            )
+    elif not path.is_file():
+        raise UserError(
+            f"{images}: no such folder or file; set pack.images to the folder or archive of the images"
+        )
+    elif kind == ".tar":
+        yield from _in_tar(path)
+    elif kind == ".zip":
+        yield from _in_zip(path)
+    elif kind in (".hdf5", ".h5"):
+        yield from _in_hdf5(path)
+    else:
+        raise UserError(
+            f"{images}: not a kind of archive that is known; set pack.images to a folder, a .tar, .zip or "
+            ".hdf5 file, or WebDataset shards"
+        )
+
+
+def stamp(about: os.stat_result) -> str:
+    """What changes when a file does."""
+    return f"{about.st_size} {about.st_mtime_ns}"
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[str, Ref]]:
+    left = [str(folder)]
+    try:
+        while left:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    stem, ending = os.path.splitext(entry.name)  # noqa: PTH122 - half a million names
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    elif ending.lower() in SUFFIXES or (not ending and entry.is_file()):
+                        yield stem, Ref(entry.path, entry.path, stamp(entry.stat()))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+
+
+def _in_tar(path: Path) -> Iterator[tuple[str, Ref]]:
+    mark = stamp(path.stat())
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                stem = without_ending(Path(info.name).name)
+                if info.isreg() and stem != Path(info.name).name:
+                    yield stem, Ref(str(path), info.name, mark, info.offset_data, info.size)
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as an uncompressed tar ({error}); copy it again") from None
+
+
+def _in_zip(path: Path) -> Iterator[tuple[str, Ref]]:
+    mark = stamp(path.stat())
+    try:
+        names = _zip(str(path)).namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a zip ({error}); copy it again") from None
+    for name in names:
+        stem = without_ending(Path(name).name)
+        if stem != Path(name).name:
+            yield stem, Ref(str(path), name, mark, member=name)
+
+
+def _in_hdf5(path: Path) -> Iterator[tuple[str, Ref]]:
+    mark = stamp(path.stat())
+    try:
+        names = list(_hdf5(str(path)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as HDF5 ({error}); copy it again") from None
+    for name in names:
+        yield without_ending(name), Ref(str(path), name, mark, member=name)
+
+
+@lru_cache(maxsize=8)
+def _zip(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=8)
+def _hdf5(path: str) -> Any:
+    import h5py
+
+    return h5py.File(path, "r")
