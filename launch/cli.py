@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "interrupted; run it again: finished stages stay, training goes on from its checkpoint",
+            "interrupted; run it again: what is finished stays, training goes on from its newest checkpoint",
             file=sys.stderr,
         )
         sys.exit(130)

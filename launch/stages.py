@@ -42,12 +42,15 @@ class Stage:
 
 def run_all(call: Call) -> None:
     """Every stage that is not finished."""
-    for stage in STAGES:
-        if stage.finished(call):
-            print(f"── {stage.name}: finished before", flush=True)
-        else:
-            print(f"── {stage.name}", flush=True)
-            stage.run(call)
+    from train.runfolder import whole_run
+
+    with whole_run(call.experiment.run.folder):
+        for stage in STAGES:
+            if stage.finished(call):
+                print(f"── {stage.name}: finished before", flush=True)
+            else:
+                print(f"── {stage.name}", flush=True)
+                stage.run(call)
 
 
 def synthesize(call: Call) -> None:

@@ -1,7 +1,8 @@
-"""The one module that reads the process environment, and the collectives that training needs."""
+"""Where training reads torchrun's environment, and the collectives that it needs."""
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -9,8 +10,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from configs.errors import UserError
+
+_ENDED = "moleprint/ended"
+
+
+class PeerError(Exception):
+    """Another rank ended with an error that it has told the user."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,53 @@ def world() -> Iterator[World]:
     rank, size = process_rank(), _environment("WORLD_SIZE", 1)
     local, local_size = local_rank(), _environment("LOCAL_WORLD_SIZE", 1)
     device = _device(local, local_size)
-    if "RANK" in os.environ:
+    here = World(rank, size, local, local_size, device)
+    if "RANK" not in os.environ:
+        yield here
+        return
+    store, _, _ = next(rendezvous("env://"))
+    with _quiet() if device.type == "cpu" else contextlib.nullcontext():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
             timeout=timedelta(minutes=30),
             device_id=device if device.type == "cuda" else None,
         )
-    yield World(rank, size, local, local_size, device)
+    try:
+        yield here
+    except UserError:
+        # Said before this process ends, which is what the others will notice.
+        store.set(_ENDED, str(rank))
+        raise
+    except RuntimeError as error:
+        if _said(store, _ENDED):
+            raise PeerError from error
+        raise
     # Not after an error: the other ranks may be waiting in a collective, and this would wait for them.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def _said(store: Any, key: str) -> bool:
+    try:
+        return bool(store.check([key]))
+    except RuntimeError:  # the store ended with the rank that held it
+        return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without gloo's own words on standard output, one line a rank."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def process_rank() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Experiment
-from train.distributed import World, local_rank, process_rank, world
+from train.distributed import PeerError, World, local_rank, process_rank, world
 
 USAGE = """torchrun --nproc-per-node=N -m train.encoder CONFIG [section.key=value …]
 The fields: moleprint train --help"""
@@ -33,6 +33,8 @@ def start(stage: Callable[[Experiment, World], None]) -> None:
             where = f"rank {process_rank()}: " if process_rank() else ""
             for line in str(error).splitlines():
                 print(f"error: {where}{line}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except PeerError:
         sys.exit(2)
     except KeyboardInterrupt:  # the launcher says so
         sys.exit(130)

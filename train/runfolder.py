@@ -1,7 +1,6 @@
 """The run folder: what it says of how it came to be, and the encoder it ends with."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from configs.errors import UserError
 from configs.load import dump
 from configs.schema import Experiment
 from pipeline.environment import environment
-from shards.files import read_json, sha256, write_json, write_text
+from shards.claims import lock
+from shards.files import new_folder, read_json, sha256, write_json, write_text
 from train import model
 
 
@@ -29,27 +29,43 @@ def locked(folder: Path, *, main: bool = True) -> Iterator[None]:
     if not main:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another run.folder") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is working on this run; wait for it, or choose another run.folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: one process at a time is up to the user
+    with _held(folder, folder):
         for leftover in folder.rglob(".*.tmp"):
             leftover.unlink()
         yield
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # not empty: something was made
-            folder.rmdir()
+
+
+@contextlib.contextmanager
+def whole_run(folder: Path) -> Iterator[None]:
+    """Keep other processes from running an experiment's stages in a row while this one does.
+
+    Raises:
+        UserError: if another process does.
+    """
+    with _held(folder, folder / ".run.lock"):
+        try:
+            yield
+        finally:
+            (folder / ".run.lock").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, path: Path) -> Iterator[None]:
+    """Make a run folder, and lock it or a file in it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(new_folder(folder))
+            handle = lock(path)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); choose another run.folder"
+            ) from None
+        if handle is None:
+            raise UserError(
+                f"{folder}: another process is working on this run; wait for it, or choose another run.folder"
+            )
+        stack.callback(os.close, handle)
+        yield
 
 
 def describe(experiment: Experiment) -> None:
@@ -71,7 +87,8 @@ def load_encoder(folder: Path, device: torch.device) -> tuple[model.Encoder, dic
     Raises:
         UserError: if there is none, or its weights are not the ones it was finished with.
     """
-    about = read_json(folder / "encoder.json", "moleprint train CONFIG")
+    needs = ("backbone", "embedding_dim", "encoder_sha256", "preprocessing", "encoding", "shards_sha256")
+    about = read_json(folder / "encoder.json", "moleprint train CONFIG", needs)
     encoder = model.Encoder(about["backbone"], about["embedding_dim"])
     encoder.load(folder / "encoder.safetensors")
     if sha256(folder / "encoder.safetensors") != about["encoder_sha256"]:

@@ -102,7 +102,8 @@ def _drop_lines(path: Path, stage: str, after: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        if line.endswith("\n") and (row["stage"] != stage or row["step"] <= after):
+        ours = isinstance(row, dict) and {"stage", "step"} <= row.keys() and line.endswith("\n")
+        if ours and (row["stage"] != stage or row["step"] <= after):
             kept.append(line)
     with atomic(path) as file:
         file.write("".join(kept).encode())

@@ -171,6 +171,8 @@ MISTAKES = {
     "run DEMO pack.seed=5": ["pack.seed", "pack.output"],
     "run DEMO synthetic.images=61": ["synthetic.images", "synthetic.output"],
     "train DEMO loader.sampler=shuffle loader.global_batch=2 run.folder=new": ["global_batch=2", "2 ranks"],
+    "train DEMO model.weights=nothere.pth run.folder=deep/new": ["nothere.pth"],
+    "embed DEMO pack.output=damaged": ["damaged", "moleprint verify"],
     "run nowhere.yaml": ["nowhere.yaml", "configs/demo.yaml"],
     "verify nowhere": ["nowhere", "not a shard set"],
     "bench DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],

@@ -28,6 +28,7 @@ def training(
     start: int = 0,
     settings: Settings = SETTINGS,
     seed: int = 0,
+    threads: int = 1,
 ) -> Loader:
     """A loader of the training split."""
     return Loader(
@@ -39,7 +40,7 @@ def training(
         rank=rank,
         world_size=world,
         device=CPU,
-        threads=1,
+        threads=threads,
         start=start,
     )
 
@@ -122,7 +123,8 @@ def test_threads_and_prefetch_change_nothing(
     threads: int, prefetch: int, reference: list[Batch], tiny_shards: ShardSet
 ) -> None:
     settings = SETTINGS.model_copy(update={"prefetch": prefetch})
-    assert all(map(same, take(training(tiny_shards, settings=settings), 3), reference[:3]))
+    other = training(tiny_shards, settings=settings, threads=threads)
+    assert all(map(same, take(other, 3), reference[:3]))
 
 
 def test_batches_stay_as_they_were_while_others_are_made(

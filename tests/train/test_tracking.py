@@ -101,6 +101,7 @@ def test_an_offline_run_is_resumed_under_one_id(tmp_path: Path) -> None:
 
 
 def test_auto_is_offline_where_no_key_is_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     with Tracker(experiment(tmp_path / "run", "auto"), "encoder"):
         assert wandb.run is not None and wandb.run.offline
