@@ -132,12 +132,13 @@ def _explain(detail: ErrorDetails, path: Path, source: dict[str, str]) -> str:
 
 
 def _nearest(key: str, last: str) -> str | None:
-    valid = [key for key, _ in fields(Experiment)]
+    section = key.partition(".")[0]
+    valid = sorted((k for k, _ in fields(Experiment)), key=lambda k: k.partition(".")[0] != section)
     similar = difflib.get_close_matches(last, [k.split(".")[-1] for k in valid], n=1, cutoff=0.75)
     candidates = [
         *(k for k in valid if k.split(".")[-1] == last),
-        *difflib.get_close_matches(key, valid, n=1, cutoff=0.75),
         *(k for k in valid if similar and k.split(".")[-1] == similar[0]),
+        *difflib.get_close_matches(key, valid, n=1, cutoff=0.75),
     ]
     return candidates[0] if candidates else None
 
