@@ -84,7 +84,7 @@ def manifest(
         "positive": settings.positive or classes[-1],
         "splits": splits,
         "duplicates": dict(zip(leaks.KINDS, kinds, strict=True))
-        | {"pairs_across_groups": int(np.sum(np.asarray(one) != np.asarray(other)))},
+        | {"pairs_across_groups": int(np.sum(np.asarray(one) != np.asarray(other))), "dropped": plan.dropped},
         "rejected": rejected,
         "files": files,
         **_notice(settings),
@@ -117,13 +117,19 @@ def _settings(settings: Pack) -> dict[str, Any]:
 
 def said(made: Mapping[str, Any], place: object) -> list[str]:
     """Lines to print of a set that was just packed."""
-    found = made["duplicates"]
-    kinds = ", ".join(f"{found[kind]:,} {kind}" for kind in leaks.KINDS)
-    across = f", {found['pairs_across_groups']:,} of them between groups" if any(found.values()) else ""
-    lines = [str(place), *summary(made), f"duplicates, each pair in one split: {kinds}{across}"]
+    lines = [str(place), *summary(made), f"duplicates, each pair in one split: {pairs_said(made)}"]
     if made["rejected"]:
         lines.append(f"rejected: {made['rejected']:,} images, listed in {REJECTED}")
     return lines
+
+
+def pairs_said(made: Mapping[str, Any]) -> str:
+    """How many duplicates were found, in words."""
+    found = made["duplicates"]
+    text = ", ".join(f"{found[kind]:,} {kind}" for kind in leaks.KINDS)
+    if any(found[kind] for kind in leaks.KINDS):
+        text += f"; {found['pairs_across_groups']:,} of them between groups"
+    return text + (f"; {found['dropped']:,} listed images dropped" if found["dropped"] else "")
 
 
 def check_made_by(made: Mapping[str, Any], settings: Pack, where: object) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from shards.leaks import KINDS
+from shards.describe import pairs_said
 from shards.shardset import COLUMNS, ShardSet
 from shards.tables import few
 
@@ -28,7 +28,7 @@ def describe(shards: ShardSet) -> list[str]:
         ("group", _groups(shards)),
         ("sources", _sources(shards)),
         ("metadata", _metadata(shards)),
-        ("duplicates", _duplicates(shards)),
+        ("duplicates", f"{pairs_said(shards.manifest)} (pairs, when packing)"),
         ("rejected", f"{counted(shards.manifest['rejected'], 'image')} when packing"),
         ("notice", shards.notice),
     ]
@@ -106,13 +106,6 @@ def _blanks(column: pa.ChunkedArray) -> int:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         blank = pc.or_(blank, pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), False))
     return int(pc.sum(blank).as_py() or 0)
-
-
-def _duplicates(shards: ShardSet) -> str:
-    found = shards.manifest["duplicates"]
-    kinds = ", ".join(f"{found[kind]:,} {kind}" for kind in KINDS)
-    across = f"; {found['pairs_across_groups']:,} across groups" if any(found.values()) else ""
-    return f"pairs when packing: {kinds}{across}"
 
 
 def counted(number: float, noun: str) -> str:

@@ -60,8 +60,9 @@ def perceptual_hash(grey: NDArray[np.uint8]) -> bytes:
         in an all-black image: its bits would be noise, or the same for every such image.
     """
     # A triangle filter: with a box, resized copies are three times as many bits apart (HAM10000).
-    square = Image.fromarray(grey).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
-    values = low_frequencies(np.asarray(square)).ravel()
+    if grey.shape != (_SIDE, _SIDE):
+        grey = np.asarray(Image.fromarray(grey).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
+    values = low_frequencies(grey).ravel()
     half = HASH_BITS // 2
     if np.partition(np.abs(values), half)[half] < _ROUNDING:
         return FEATURELESS

@@ -35,6 +35,8 @@ class Plan:
     """Name of each tar, without its ending -> the images it holds."""
     pairs: Pairs
     """Duplicates among the N images."""
+    dropped: int
+    """Images left out as copies of others, as the configuration asks."""
 
 
 def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = None) -> Plan:
@@ -52,8 +54,10 @@ def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = N
     if facts is not None:
         pairs = join([pairs, duplicates(facts, settings.near_duplicates)])
         rows = np.flatnonzero([not fact.reason for fact in facts])
+    usable = len(rows)
     if settings.duplicates_action == "drop":
         rows = _without_listed(records, pairs, rows)
+    dropped = usable - len(rows)
     if settings.undersample:
         rows = rows[undersample(records.labels[rows], settings.seed)]
     kept, pairs = records.take(rows), pairs.among(rows)
@@ -71,6 +75,7 @@ def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = N
         splits[order],
         _cut(settings, splits[order], sizes, ends),
         pairs.among(order),
+        dropped,
     )
 
 
