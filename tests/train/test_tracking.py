@@ -1,6 +1,7 @@
 """One W&B run a run folder, whatever happens to it; `metrics.jsonl` always; rank 0 only."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,14 @@ def test_an_offline_run_is_resumed_under_one_id(tmp_path: Path) -> None:
     written = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(written) == 2  # two in one second: W&B numbers the second folder's name
     assert [path.stem for folder in written for path in folder.glob("*.wandb")] == [f"run-{other.run_id}"] * 2
-    data = b"".join(path.read_bytes() for folder in written for path in folder.glob("*.wandb"))
-    for text in (b"encoder/loss", b"encoder/step", b"evaluate/test.roc_auc", b"evaluate/roc", b"melanoma"):
-        assert text in data
+    texts = (b"encoder/loss", b"encoder/step", b"evaluate/test.roc_auc", b"evaluate/roc", b"melanoma")
+    deadline = time.monotonic() + 30  # W&B's own process may still be writing when `finish` returns
+    missing: list[bytes] = [b""]
+    while missing and time.monotonic() < deadline:
+        data = b"".join(path.read_bytes() for folder in written for path in folder.glob("*.wandb"))
+        missing = [text for text in texts if text not in data]
+        time.sleep(0.05)
+    assert not missing
     assert len(list((tmp_path / "run" / "wandb").rglob("*.png"))) == 3
 
 
