@@ -48,7 +48,7 @@ gpu-check: setup ## on a machine with a GPU: its tests and benchmarks, a short t
 	$(BIN)/python -m pytest tests/gpu -rs
 	test -e data/demo/images/metadata.csv || $(BIN)/moleprint synthesize configs/demo.yaml
 	test -e data/demo/shards/dataset.json || $(BIN)/moleprint pack configs/demo.yaml
-	$(BIN)/moleprint bench configs/demo.yaml --json "$${OUT:-runs/gpu-check}/loader.json"
+	$(BIN)/moleprint bench loader configs/demo.yaml --json "$${OUT:-runs/gpu-check}/loader.json"
 
 clean: ## remove .venv, caches, the demo's data and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info data/demo runs/demo runs/gpu-check

@@ -107,12 +107,39 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("doctor", "check this machine")
     verb.set_defaults(action=_doctor)
 
-    verb = add("bench", "images/s of the loader beside a plain PyTorch one", ("pack", "loader", "train"))
-    verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file whose shard set is read")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
-    verb.set_defaults(action=_bench)
+    verb = add("inspect", "show what a shard set holds: a table, and a contact sheet of its images")
+    verb.add_argument("set", type=Path, metavar="SET", help="shard set, or a configuration that names one")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to a configuration")
+    verb.add_argument("--sheet", type=Path, metavar="FILE", help="PNG to write; SET.png if not given")
+    verb.set_defaults(action=_inspect)
+
+    _add_bench(verbs.add_parser("bench", help="measure, with peers in the same run", description=BENCH))
     return parser
+
+
+BENCH = "Measure, with peers in the same run on the same images."
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+
+    loader = subjects.add_parser(
+        "loader",
+        help="images/s of the loader beside a plain PyTorch one",
+        epilog=f"fields (section.key=value):\n\n{describe(('pack', 'loader', 'train'))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    loader.add_argument("config", type=Path, metavar="CONFIG", help="YAML file whose shard set is read")
+    loader.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    loader.set_defaults(action=_bench_loader)
+
+    shards = subjects.add_parser("shards", help="images/s of packing beside ShardWriter, tar and Pillow")
+    shards.add_argument(
+        "--images", type=int, default=4000, metavar="N", help="images that are made up for it; default 4000"
+    )
+    shards.set_defaults(action=_bench_shards)
+    for subject in (loader, shards):
+        subject.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -134,10 +161,32 @@ def _doctor(options: argparse.Namespace) -> None:
     sys.exit(examine())
 
 
-def _bench(options: argparse.Namespace) -> None:
+def _inspect(options: argparse.Namespace) -> None:
+    from shards.facts import describe
+    from shards.shardset import ShardSet
+    from shards.sheet import contact_sheet
+
+    folder: Path | str = options.set
+    if options.set.is_file() or options.overrides:
+        folder = stages.Call.of(options.set, options.overrides).experiment.pack.output
+    shards = ShardSet.open(folder)
+    sheet = options.sheet or shards.folder.with_name(f"{shards.folder.name}.png")
+    print("\n".join(describe(shards)))
+    contact_sheet(shards, sheet)
+    print(f"contact sheet: {sheet}")
+
+
+def _bench_loader(options: argparse.Namespace) -> None:
     from pipeline.benchmark import bench
 
     bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
+
+
+def _bench_shards(options: argparse.Namespace) -> None:
+    from pipeline.environment import environment
+    from shards.benchmark import bench
+
+    bench(options.images, options.json, environment())
 
 
 if __name__ == "__main__":

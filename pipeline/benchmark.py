@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import count
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +15,6 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from tqdm import tqdm
 
-from configs.errors import UserError
 from configs.schema import Experiment
 from pipeline import augment, graph
 from pipeline.environment import environment
@@ -25,9 +24,8 @@ from pipeline.sampler import Sampler
 from pipeline.source import Source
 from shards.files import write_json
 from shards.shardset import ShardSet
+from shards.timing import REFERENCE, TURNS, Row, refuse_folder, row, table, take_turns
 
-REFERENCE = "reference"
-TURNS = 6  # the fewest whose extremes hold the median with 95 % confidence: they miss it once in 2**5
 # Endless; gives the number of images of each batch once they are on the device.
 Contestant = Generator[int]
 
@@ -49,8 +47,7 @@ def bench(
         UserError: if there is no shard set, a sample of it is damaged, a batch cannot be shared by the
             classes, or `json_file` is a folder.
     """
-    if json_file and json_file.is_dir():
-        raise UserError(f"{json_file}: a folder, where --json needs a file; add a name such as loader.json")
+    refuse_folder(json_file)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     shards = ShardSet.of(experiment)
     source = _read_once(shards)
@@ -59,8 +56,13 @@ def bench(
             name: stack.enter_context(closing(contestant))
             for name, contestant in _contestants(experiment, shards, source, device).items()
         }
-        rates = _take_turns(contestants, device, warm_up, seconds)
-    rows = [_row(name, rates) for name in rates]
+        rates = take_turns(
+            {
+                name: partial(_turn, contestant, device, warm_up, seconds)
+                for name, contestant in contestants.items()
+            }
+        )
+    rows = [row(name, rates) for name in rates]
     settings = experiment.loader
     about = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -73,7 +75,7 @@ def bench(
     }
     print("\n".join(_table(rows, about)))
     if json_file:
-        write_json(json_file, [row | about for row in rows])
+        write_json(json_file, [each | about for each in rows])
 
 
 def _read_once(shards: ShardSet) -> Source:
@@ -170,21 +172,11 @@ def _runs(pipeline: Pipeline) -> Contestant:
         yield len(images)
 
 
-def _take_turns(
-    contestants: dict[str, Contestant], device: torch.device, warm_up: float, seconds: float
-) -> dict[str, list[float]]:
-    """Name -> images a second of each of its turns."""
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    with tqdm(total=TURNS * len(contestants), unit="turn") as bar:
-        for _ in range(TURNS):
-            for name, contestant in contestants.items():
-                bar.set_description(name)
-                next(contestant)  # the first of all starts processes and compiles kernels
-                _rate(contestant, device, warm_up)
-                rates[name].append(_rate(contestant, device, seconds))
-                bar.set_postfix_str(f"{rates[name][-1]:,.0f} images/s")
-                bar.update()
-    return rates
+def _turn(contestant: Contestant, device: torch.device, warm_up: float, seconds: float) -> float:
+    """Images a second of a turn: the first batch, which may start processes, and the warm-up do not count."""
+    next(contestant)
+    _rate(contestant, device, warm_up)
+    return _rate(contestant, device, seconds)
 
 
 def _rate(contestant: Contestant, device: torch.device, seconds: float) -> float:
@@ -197,34 +189,13 @@ def _rate(contestant: Contestant, device: torch.device, seconds: float) -> float
     return images / (perf_counter() - started)
 
 
-def _row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians over the turns; `ratio` is that of turns side by side, which share the machine's moods."""
-    ratios = [own / of for own, of in zip(rates[name], rates[REFERENCE], strict=True)]
-    return {
-        "name": name,
-        "images_per_second": median(rates[name]),
-        "low": min(rates[name]),
-        "high": max(rates[name]),
-        "ratio": median(ratios),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-    }
-
-
-def _table(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+def _table(rows: list[Row], about: dict[str, Any]) -> list[str]:
     """The rows, aligned, with what they mean."""
     cores, size = about["environment"]["cores"], about["size"]
     lines = [
         f"{about['device']}, {cores} cores, {size} × {size} pixels, batches of {about['batch']}",
-        f"{'':27}{'images/s':>10}{'95 % interval':>20}{f'× {REFERENCE}':>14}{'95 % interval':>16}",
+        *table(rows),
     ]
-    for row in rows:
-        interval = f"{row['low']:,.0f} – {row['high']:,.0f}"
-        ratio_interval = f"{row['ratio_low']:.2f} – {row['ratio_high']:.2f}"
-        lines.append(
-            f"{row['name']:27}{row['images_per_second']:>10,.0f}{interval:>20}"
-            f"{row['ratio']:>14.2f}{ratio_interval:>16}"
-        )
     turns = f"Medians of {about['turns']} turns of {about['seconds']:g} s, taken in rotation"
     return [
         *lines,

@@ -113,6 +113,14 @@ def test_verify_and_doctor(folder: Path, moleprint) -> None:  # type: ignore[no-
     assert "DALI" in moleprint("doctor").out
 
 
+def test_inspect_shows_a_set_by_its_folder_or_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    sheet = tmp_path / "sheet.png"
+    by_folder = moleprint("inspect", folder / "shards", "--sheet", sheet)
+    assert by_folder.status == 0 and sheet.read_bytes().startswith(b"\x89PNG")
+    by_config = moleprint("inspect", DEMO, *tiny(folder), "--sheet", sheet)
+    assert by_config.out == by_folder.out and "melanoma" in by_config.out
+
+
 def test_predict_agrees_with_the_report(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A run folder alone gives the test set's images the probabilities that the report gave them."""
     shutil.copytree(folder / "run", tmp_path / "run")
@@ -141,7 +149,7 @@ def test_bench_writes_its_rows(  # type: ignore[no-untyped-def]
     assert bench.__kwdefaults__
     for wait in ("warm_up", "seconds"):
         monkeypatch.setitem(bench.__kwdefaults__, wait, 0.01)
-    done = moleprint("bench", DEMO, *tiny(folder), "--json", tmp_path / "rows.json")
+    done = moleprint("bench", "loader", DEMO, *tiny(folder), "--json", tmp_path / "rows.json")
     assert done.status == 0, done.err
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows["reference"]["ratio"] == 1
@@ -175,7 +183,7 @@ MISTAKES = {
     "embed DEMO pack.output=damaged": ["damaged", "moleprint verify"],
     "run nowhere.yaml": ["nowhere.yaml", "configs/demo.yaml"],
     "verify nowhere": ["nowhere", "not a shard set"],
-    "bench DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],
+    "bench loader DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],
     "predict nowhere a.jpg": ["nowhere", "moleprint train"],
     "predict nowhere a.jpg --output .": ["."],
 }

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 from collections.abc import Generator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipeline import benchmark
 from pipeline.loader import Loader, training_sampler
 from pipeline.peers import torchvision_batches
 from shards.shardset import ShardSet
+from shards.timing import TURNS, row, take_turns
 
 CPU = torch.device("cpu")
 STILL = Augment(
@@ -65,21 +67,21 @@ def test_turns_rotate_and_only_what_comes_after_the_warm_up_counts(monkeypatch: 
             yield 10
 
     # A turn: the first batch, one of warm-up, then whole batches until a second is over.
-    slow = [9.0, 1.0, 0.5, 0.5] * benchmark.TURNS
-    fast = [9.0, 1.0, 0.25, 0.25, 0.25, 0.25] * benchmark.TURNS
+    slow = [9.0, 1.0, 0.5, 0.5] * TURNS
+    fast = [9.0, 1.0, 0.25, 0.25, 0.25, 0.25] * TURNS
     monkeypatch.setattr(benchmark, "perf_counter", lambda: clock[0])
     contestants = {"slow": contestant("slow", slow), "fast": contestant("fast", fast)}
-    rates = benchmark._take_turns(contestants, CPU, 1.0, 1.0)
-    assert rates == {"slow": [20.0] * benchmark.TURNS, "fast": [40.0] * benchmark.TURNS}
-    assert log == (["slow"] * 4 + ["fast"] * 6) * benchmark.TURNS
+    rates = take_turns({name: partial(benchmark._turn, c, CPU, 1.0, 1.0) for name, c in contestants.items()})
+    assert rates == {"slow": [20.0] * TURNS, "fast": [40.0] * TURNS}
+    assert log == (["slow"] * 4 + ["fast"] * 6) * TURNS
 
 
 def test_ratios_are_those_of_turns_side_by_side() -> None:
     # The machine halves its speed midway: rates spread, the ratio does not.
     rates = {"reference": [100.0, 110, 90, 50, 55, 45], "moleprint": [600.0, 660, 540, 300, 330, 270]}
-    row = benchmark._row("moleprint", rates)
-    assert (row["low"], row["images_per_second"], row["high"]) == (270, 435, 660)
-    assert [row[key] for key in ("ratio_low", "ratio", "ratio_high")] == pytest.approx([6, 6, 6])
+    found = row("moleprint", rates)
+    assert (found["low"], found["images_per_second"], found["high"]) == (270, 435, 660)
+    assert [found[key] for key in ("ratio_low", "ratio", "ratio_high")] == pytest.approx([6, 6, 6])
 
 
 def test_bench_prints_a_table_and_writes_its_rows(
@@ -92,15 +94,15 @@ def test_bench_prints_a_table_and_writes_its_rows(
     file = tmp_path / "new" / "loader.json"
     benchmark.bench(experiment(tiny_shards), file, warm_up=0, seconds=0.05)
     rows = json.loads(file.read_text())
-    names = [row["name"] for row in rows]
+    names = [each["name"] for each in rows]
     assert names[:2] == ["reference", "moleprint"] and names[-1] == "decode only"
     assert rows[0]["ratio"] == 1
-    for row in rows:
-        assert 0 < row["low"] <= row["images_per_second"] <= row["high"]
-        assert row["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
-        assert row["shards_sha256"] == tiny_shards.sha256
+    for each in rows:
+        assert 0 < each["low"] <= each["images_per_second"] <= each["high"]
+        assert each["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+        assert each["shards_sha256"] == tiny_shards.sha256
     printed = capsys.readouterr().out.splitlines()
-    assert [line[:27].strip() for line in printed[2:-2]] == names
+    assert [line[:34].strip() for line in printed[2:-2]] == names
     assert not multiprocessing.active_children()
 
 
