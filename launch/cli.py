@@ -135,7 +135,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
     shards = subjects.add_parser("shards", help="images/s of packing beside ShardWriter, tar and Pillow")
     shards.add_argument(
-        "--images", type=int, default=4000, metavar="N", help="images that are made up for it; default 4000"
+        "--images", type=int, default=12000, metavar="N", help="images that are made up for it; default 12000"
     )
     shards.set_defaults(action=_bench_shards)
     for subject in (loader, shards):

@@ -60,7 +60,7 @@ def bench(images: int, json_file: Path | None, environment: dict[str, Any], *, t
     started before, and the limits that end in `alone`: the codec on bytes in memory, in such processes.
 
     Args:
-        images: photographs of 256 × 256 pixels to pass through; half as many of 512 × 512 are encoded again.
+        images: photographs of 256 × 256 pixels to pass through; a quarter as many of 512 × 512 to encode.
         json_file: gets a list of rows `{"name", "contest", "images_per_second", "low", "high", "ratio", …}`.
         environment: goes with every row.
         turns: how often each contestant is measured.
@@ -73,7 +73,7 @@ def bench(images: int, json_file: Path | None, environment: dict[str, Any], *, t
     with TemporaryDirectory(prefix="moleprint-bench-") as temporary, writing(Path(temporary)):
         scratch = Path(temporary)
         small = draw(scratch / "small", images, (256, 256), cores)
-        double = draw(scratch / "double", -(-images // 2), (512, 512), cores)
+        double = draw(scratch / "double", -(-images // 4), (512, 512), cores)
         large = draw(scratch / "large", cores, (3000, 2000), cores)
         with peers.crew(cores, [small.folder, double.folder]) as crew:
             rows = _rows(PASS, small, _pass_through(small, scratch, crew), turns)

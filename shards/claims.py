@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from shards.workers import in_order
+from shards.workers import Crew
 
 Result = TypeVar("Result")
 POLL = 0.2
@@ -65,7 +65,7 @@ def complete(
     function: Callable[..., Result],
     folder: Path,
     part: Part,
-    workers: int,
+    crew: Crew,
     report: Callable[[Result], None],
 ) -> list[Result]:
     """The results of all jobs, in order: found finished, done here, or done by the other packers.
@@ -101,7 +101,7 @@ def complete(
                     yield jobs[number].arguments()
 
         try:
-            with closing(in_order(function, tasks(), workers)) as done:
+            with closing(crew.in_order(function, tasks())) as done:
                 for count, result in enumerate(done):
                     number, handle = claimed[count]
                     results[number] = result

@@ -32,6 +32,7 @@ from shards.records import Records, read
 from shards.scan import CHUNK, Chunk, Fact, digest, found, payload, scan
 from shards.shardset import MANIFEST, SAMPLES
 from shards.tar import Sample, Shard, write_shard
+from shards.workers import Crew
 
 _VERSION = 1  # of how shards are written: a change of it writes all anew
 
@@ -58,13 +59,13 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
     output.refuse_existing()
     records = read(settings)
     make_plan(settings, records)
-    with writing(Path(output.place)), output.working(part):
+    with writing(Path(output.place)), output.working(part), Crew(settings.workers) as crew:
         refs = _locate(settings, records, output.work)
-        chunks = _scan(settings, refs, output, part, progress)
+        chunks = _scan(settings, refs, output, part, crew, progress)
         facts = [fact for chunk in chunks for fact in chunk.facts]
         rejected = _rejected(settings, records, refs, facts, output)
         plan = make_plan(settings, records, facts)
-        shards = _write(plan, settings, refs, facts, output, part, progress)
+        shards = _write(plan, settings, refs, facts, output, part, crew, progress)
         _finish(settings, plan, facts, shards, rejected, output)
     return output.manifest()
 
@@ -77,7 +78,9 @@ def _locate(settings: Pack, records: Records, scratch: Path) -> list[Ref]:
     return refs
 
 
-def _scan(settings: Pack, refs: Sequence[Ref], output: Output, part: Part, progress: bool) -> list[Chunk]:
+def _scan(
+    settings: Pack, refs: Sequence[Ref], output: Output, part: Part, crew: Crew, progress: bool
+) -> list[Chunk]:
     """The first pass."""
     hashed = settings.near_duplicates is not None
 
@@ -97,7 +100,7 @@ def _scan(settings: Pack, refs: Sequence[Ref], output: Output, part: Part, progr
             scan,
             output.work,
             part,
-            settings.workers,
+            crew,
             lambda chunk: bar.add(len(chunk.facts), chunk.bytes),
         )
 
@@ -146,6 +149,7 @@ def _write(
     facts: Sequence[Fact],
     output: Output,
     part: Part,
+    crew: Crew,
     progress: bool,
 ) -> list[Shard]:
     """The second pass."""
@@ -176,7 +180,7 @@ def _write(
             write,
             output.work,
             part,
-            settings.workers,
+            crew,
             lambda shard: bar.add(len(shard.offsets), max(int(f["size"]) for f in shard.files.values())),
         )
 
@@ -193,8 +197,10 @@ def write(growing: Path, work: Path, name: str, samples: Sequence[Sample], expec
 
 def _digest(name: str, samples: Sequence[Sample], contents: Sequence[str]) -> str:
     """Of all that decides a shard."""
-    said = [[s.key, s.label, s.info, content] for s, content in zip(samples, contents, strict=True)]
-    return hashlib.sha256(json.dumps([_VERSION, name, said]).encode()).hexdigest()
+    said = hashlib.sha256(f"{_VERSION} {name}".encode())
+    for sample, content in zip(samples, contents, strict=True):
+        said.update(f"\n{sample.key} {sample.label} {content} ".encode() + sample.info)
+    return said.hexdigest()
 
 
 def _samples_of(
@@ -218,7 +224,8 @@ def _samples_of(
             "metadata": metadata,
         }
         ref = payload(work, row // CHUNK, facts[row], refs[row])
-        samples.append(Sample(records.keys[place], ref, facts[row].crc32, label, info))
+        text = json.dumps(info, ensure_ascii=False, allow_nan=False)
+        samples.append(Sample(records.keys[place], ref, facts[row].crc32, label, text.encode()))
     return samples
 
 

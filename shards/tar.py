@@ -1,13 +1,12 @@
 """Samples -> one uncompressed tar and its DALI index. Light to import: worker processes start with this."""
 
 import hashlib
-import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from configs.errors import UserError
 from shards.files import atomic, sha256, write_text
@@ -28,7 +27,7 @@ class Sample(NamedTuple):
     crc32: int
     """Of its JPEG when it was looked at."""
     label: int
-    info: Mapping[str, Any]
+    info: bytes
     """Content of `KEY.json`."""
 
 
@@ -93,8 +92,7 @@ def _write_sample(file: _Summed, sample: Sample) -> list[Member]:
         raise UserError(f"{sample.ref.name}: {error}") from None
     if zlib.crc32(jpeg) != sample.crc32:
         raise UserError(f"{sample.ref.name}: changed while it was being packed; run the same command again")
-    info = json.dumps(sample.info, ensure_ascii=False, allow_nan=False).encode()
-    payloads = (jpeg, str(sample.label).encode(), info)
+    payloads = (jpeg, str(sample.label).encode(), sample.info)
     return [
         _append(file, f"{sample.key}.{kind}", payload) for kind, payload in zip(KINDS, payloads, strict=True)
     ]

@@ -15,46 +15,72 @@ from configs.errors import UserError
 Result = TypeVar("Result")
 
 
+class Crew:
+    """Worker processes, started at the first task and kept for the next ones."""
+
+    def __init__(self, workers: int) -> None:
+        """
+        Args:
+            workers: processes; 0 is one a core, and one is this process itself.
+        """
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._pool: ProcessPoolExecutor | None = None
+        self._others = set(multiprocessing.active_children())
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the workers: at once after an error."""
+        if self._pool is None:
+            return
+        if kind is not None:
+            for worker in set(multiprocessing.active_children()) - self._others:
+                worker.terminate()
+        self._pool.shutdown(cancel_futures=True)
+
+    def in_order(
+        self, function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]]
+    ) -> Generator[Result]:
+        """`function(*task)` of each task, in order; tasks are drawn only a few ahead, so memory stays flat.
+
+        Args:
+            function: importable by name from a module that is cheap to import: workers start with it.
+            tasks: arguments of each call.
+
+        Raises:
+            UserError: if a worker was killed from outside.
+        """
+        if self._workers == 1:
+            yield from (function(*task) for task in tasks)
+            return
+        if self._pool is None:
+            # A fork would copy locks that the caller's threads hold.
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_end_with_parent)
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                ahead.append(self._pool.submit(function, *task))
+                if len(ahead) > 2 * self._workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; run again with fewer workers"
+            ) from None
+
+
 def in_order(
     function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int
 ) -> Generator[Result]:
-    """`function(*task)` of each task, in order; tasks are drawn only a few ahead, so memory stays flat.
+    """`Crew.in_order` by workers of its own.
 
     Close the generator (`contextlib.closing`) to end the workers at once, as any error does.
-
-    Args:
-        function: importable by name from a module that is cheap to import: workers start with it.
-        tasks: arguments of each call.
-        workers: processes; 0 is one a core, and one is this process itself.
-
-    Raises:
-        UserError: if a worker was killed from outside.
     """
-    workers = workers or len(os.sched_getaffinity(0))
-    if workers == 1:
-        yield from (function(*task) for task in tasks)
-        return
-    others = set(multiprocessing.active_children())
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that the caller's threads hold
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
-    ahead: deque[Future[Result]] = deque()
-    try:
-        for task in tasks:
-            ahead.append(pool.submit(function, *task))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; run again with fewer workers"
-        ) from None
-    except BaseException:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Crew(workers) as crew:
+        yield from crew.in_order(function, tasks)
 
 
 def _end_with_parent() -> None:
