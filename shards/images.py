@@ -25,7 +25,7 @@ class Ref(NamedTuple):
     path: str
     """File that holds them."""
     name: str
-    """What to call the image in a message: a path of its own, or its name in an archive."""
+    """What to call the image: its path below the folder, or its name in an archive."""
     stamp: str
     """Changes when the file does: its size and time of modification."""
     offset: int = 0
@@ -142,7 +142,8 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, Ref]]:
                     if entry.is_dir(follow_symlinks=False):
                         left.append(entry.path)
                     elif ending.lower() in SUFFIXES or (not ending and entry.is_file()):
-                        yield stem, Ref(entry.path, entry.path, stamp(entry.stat()))
+                        name = os.path.relpath(entry.path, folder)
+                        yield stem, Ref(entry.path, name, stamp(entry.stat()))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
 

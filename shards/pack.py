@@ -122,7 +122,7 @@ def _rejected(
         }
     )
     beside = _beside(output)
-    if len(bad) > settings.max_rejected * len(facts):
+    if len(bad) > settings.max_rejected * len(facts) or len(bad) == len(facts):
         with atomic(beside) as file:
             csv.write_csv(table, file)
         told = [f"{records.keys[row]} ({refs[row].name}: {facts[row].reason})" for row in bad[:3]]

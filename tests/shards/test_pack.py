@@ -201,6 +201,28 @@ def test_a_notice_beside_the_table_goes_with_the_set(
         check_made_by(shards.manifest, settings, shards.folder)
 
 
+def test_nothing_but_bad_images_is_an_error_whatever_is_allowed(tiny_pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for image in Path(tiny_pack.images).iterdir():
+        (tmp_path / "images" / image.name).write_bytes(b"")
+    settings = changed(tiny_pack, images=tmp_path / "images", output=tmp_path / "shards", max_rejected=1)
+    with pytest.raises(UserError, match="120 of 120 images cannot be used"):
+        pack(settings, progress=False)
+
+
+def test_what_is_rejected_is_listed_in_the_set(tiny_pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / "images" / "deeper").mkdir(parents=True)
+    for image in Path(tiny_pack.images).iterdir():
+        (tmp_path / "images" / "deeper" / image.name).write_bytes(image.read_bytes())
+    (tmp_path / "images" / "deeper" / "TINY_0007.jpg").write_bytes(b"garbage")
+    shards = packed(changed(tiny_pack, images=tmp_path / "images", output=tmp_path / "shards"))
+    assert len(shards) == 119 and "TINY_0007" not in shards.keys
+    (row,) = read_table(shards.folder / "rejected.csv")
+    assert (row["key"], row["file"]) == ("TINY_0007", "deeper/TINY_0007.jpg")
+    assert "not an image" in row["reason"] and shards.manifest["rejected"] == 1
+    assert "rejected.csv" in shards.manifest["files"]
+
+
 def test_no_place_to_write_is_one_clear_line(tiny_pack: Pack, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/shards: cannot be written \(.+\); make room"):
