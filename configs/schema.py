@@ -151,8 +151,8 @@ class Pack(Source):
     """Folder of the shard set, which must not exist yet or be empty; or a URL that fsspec can write, such as
     s3://bucket/isic2020."""
     work: Path | None = None
-    """Folder that unfinished work is kept under; the output's own if not given (for a URL: the system's
-    temporary files). All packers that share one set must see the same folder."""
+    """Where the output is a URL: folder that unfinished work is kept under, the system's temporary files if
+    not given. All packers that share one set must see it. A local output has its work beside it."""
     positive: str = ""
     """The class that figures are about; empty is the last of `classes`."""
     duplicates_action: Literal["tie", "drop"] = "tie"

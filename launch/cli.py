@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(action=lambda o: stages.run_all(stages.Call.of(DEMO, o.overrides)))
 
     verb = add("verify", "prove from the shards alone that a set is whole and does not leak")
-    verb.add_argument("folder", type=Path, metavar="FOLDER", help="shard set")
+    verb.add_argument("folder", metavar="FOLDER", help="shard set")
     verb.add_argument("--quick", action="store_true", help="skip decoding every image")
     verb.set_defaults(action=_verify)
 

@@ -43,21 +43,40 @@ class Job(Generic[Result]):
     """The result if the file is there and is this job's."""
 
 
-def lock(path: Path, *, shared: bool = False) -> int | None:
-    """Lock a file or folder without waiting; the lock ends with the process, whatever ends it.
+def lock(path: Path, *, shared: bool = False, patience: float = 0) -> int | None:
+    """Lock a file or folder; the lock ends with the process, whatever ends it.
+
+    Args:
+        patience: seconds to try again where another process holds the lock.
 
     Returns:
         a handle to close when done, or None if another process holds the lock.
     """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(POLL)
+                continue
+            os.close(handle)
+            return None
+        except OSError:
+            pass  # a file system without locks: packers may do the same work, and write the same bytes
+        return handle
+
+
+def lock_alone(handle: int) -> bool:
+    """Make a shared lock an exclusive one, if nobody else shares it; else it is lost."""
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
-        return None
+        return False
     except OSError:
-        pass  # a file system without locks: packers may do the same work, and write the same bytes
-    return handle
+        pass
+    return True
 
 
 def complete(

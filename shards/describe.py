@@ -1,5 +1,7 @@
 """What a shard set says of itself: `samples.parquet` and `dataset.json`."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from configs.schema import Pack
 from shards import leaks
 from shards.files import sha256
 from shards.plan import Plan
+from shards.records import Records
 from shards.scan import Fact
 from shards.shardset import COLUMNS, FORMAT_VERSION, NOTICE, summary
 from shards.tables import few
@@ -50,7 +53,12 @@ def samples_table(settings: Pack, plan: Plan, facts: Sequence[Fact], shards: Seq
 
 
 def manifest(
-    settings: Pack, plan: Plan, samples: pa.Table, files: dict[str, Any], rejected: int
+    settings: Pack,
+    plan: Plan,
+    tables: Records,
+    samples: pa.Table,
+    files: dict[str, Any],
+    rejected: int,
 ) -> dict[str, Any]:
     """`dataset.json`: what the set was made from and how, and what every file must be."""
     classes, records = tuple(settings.classes), plan.records
@@ -64,31 +72,45 @@ def manifest(
             "classes": dict(zip(classes, counts, strict=True)),
         }
     kinds = np.bincount(plan.pairs.kinds, minlength=len(leaks.KINDS)).tolist()
-    one, other = records.groups[plan.pairs.rows].T if len(plan.pairs.rows) else ((), ())
+    one, other = tables.groups[plan.pairs.rows].T
     for column in ("group", "lesion"):
         assert not leaks.crossing(samples[column].to_pylist(), samples["split"].to_pylist()), column
     return {
         "version": FORMAT_VERSION,
-        "sources": {
-            name: {
-                "table": _file(source.table),
-                "more_tables": [_file(path) for path in source.more_tables],
-                "images": Path(source.images).name,
-                "duplicates": _file(source.duplicates),
-            }
-            for name, source in settings.each_source.items()
-        },
-        "split_files": {name: _file(path) for name, path in settings.split_files.items()},
+        "sources": _sources(settings),
+        "split_files": _split_files(settings),
         "settings": _settings(settings),
         "classes": classes,
         "positive": settings.positive or classes[-1],
         "splits": splits,
         "duplicates": dict(zip(leaks.KINDS, kinds, strict=True))
-        | {"pairs_across_groups": int(np.sum(np.asarray(one) != np.asarray(other))), "dropped": plan.dropped},
+        | {"pairs_across_groups": int((one != other).sum()), "dropped": plan.dropped},
         "rejected": rejected,
         "files": files,
         **_notice(settings),
     }
+
+
+def fingerprint(settings: Pack) -> str:
+    """Sum of all settings and tables that decide a set; the images, which may be many, are left out."""
+    said = {"settings": _settings(settings), "sources": _sources(settings), "files": _split_files(settings)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(settings: Pack) -> dict[str, Any]:
+    return {
+        name: {
+            "table": _file(source.table),
+            "more_tables": [_file(path) for path in source.more_tables],
+            "images": Path(source.images).name,
+            "duplicates": _file(source.duplicates),
+        }
+        for name, source in settings.each_source.items()
+    }
+
+
+def _split_files(settings: Pack) -> dict[str, Any]:
+    return {name: _file(path) for name, path in settings.split_files.items()}
 
 
 def _notice(settings: Pack) -> dict[str, str]:
@@ -148,8 +170,14 @@ def check_made_by(made: Mapping[str, Any], settings: Pack, where: object) -> Non
     ]
     for name, source in settings.each_source.items():
         was = made["sources"].get(name, {})
+        prefix = f"pack.sources.{name}." if name else "pack."
         paths = {"table": source.table, "duplicates": source.duplicates}
-        differ += _changed(f"pack.sources.{name}." if name else "pack.", paths, was)
+        differ += _changed(prefix, paths, was)
+        more, more_was = source.more_tables, was.get("more_tables", [])
+        if len(more) != len(more_was):
+            differ.append(f"{prefix}more_tables are {len(more)}, were {len(more_was)}")
+        for path, before_it in zip(more, more_was, strict=False):
+            differ += _changed(prefix, {"more_tables": path}, {"more_tables": before_it})
     differ += _changed("pack.split_files.", settings.split_files, made["split_files"])
     if differ:
         raise UserError(

@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from configs.errors import UserError
 
+_BUFFER = 1 << 20  # bytes
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -49,7 +51,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(handle, "wb", buffering=_BUFFER) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -19,6 +19,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Image files are known by these endings, in either case."""
 
 
+LARGEST = 1 << 29
+"""Bytes of an encoded image, at most: an uncompressed one with as many pixels as are allowed fits."""
+
+
 class Ref(NamedTuple):
     """The encoded bytes of one image."""
 
@@ -88,11 +92,31 @@ def read(ref: Ref) -> bytes:
                     file.seek(ref.offset)
                 return file.read(ref.size)
         if ref.path.lower().endswith(".zip"):
-            return _zip(ref.path).read(ref.member)
-        value = _hdf5(ref.path)[ref.member][()]
-        return value if isinstance(value, bytes) else np.asarray(value).tobytes()
-    except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+            return _from_zip(ref)
+        return _from_hdf5(ref)
+    except UserError:
+        raise
+    except Exception as error:  # damaged archives make their readers raise almost anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot be read ({reason})") from None
+
+
+def _from_zip(ref: Ref) -> bytes:
+    archive = _zip(ref.path)
+    _refuse_giant(archive.getinfo(ref.member).file_size)
+    return archive.read(ref.member)
+
+
+def _from_hdf5(ref: Ref) -> bytes:
+    data = _hdf5(ref.path)[ref.member]
+    _refuse_giant(getattr(data, "nbytes", 0))
+    value = data[()]
+    return value if isinstance(value, bytes) else np.asarray(value).tobytes()
+
+
+def _refuse_giant(size: int) -> None:
+    if size > LARGEST:
+        raise UserError(f"unpacks to {size:,} bytes: a decompression bomb")
 
 
 def _entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:
@@ -133,17 +157,22 @@ def stamp(about: os.stat_result) -> str:
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, Ref]]:
-    left = [str(folder)]
+    left, seen, start = [str(folder)], set(), len(str(folder)) + 1
     try:
         while left:
-            with os.scandir(left.pop()) as entries:
+            below = left.pop()
+            about = os.stat(below)  # noqa: PTH116 - links to folders are followed, but never in a circle
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            with os.scandir(below) as entries:
                 for entry in entries:
                     stem, ending = os.path.splitext(entry.name)  # noqa: PTH122 - half a million names
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_dir():
                         left.append(entry.path)
                     elif ending.lower() in SUFFIXES or (not ending and entry.is_file()):
-                        name = os.path.relpath(entry.path, folder)
-                        yield stem, Ref(entry.path, name, stamp(entry.stat()))
+                        mark = stamp(entry.stat()) if entry.is_file() else ""  # a broken link is no end
+                        yield stem, Ref(entry.path, entry.path[start:], mark)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
 

@@ -32,14 +32,6 @@ class Pairs:
         unknown = np.full(len(rows), -1, np.int64)
         return cls(rows, np.full(len(rows), KINDS.index(kind)), unknown if distances is None else distances)
 
-    def among(self, kept: Ints) -> "Pairs":
-        """The pairs of which both images are among the rows `kept` (k,), counted by their place there."""
-        place = np.full(int(max(kept.max(initial=-1), self.rows.max(initial=-1))) + 1, -1)
-        place[kept] = np.arange(len(kept))
-        rows = place[self.rows]
-        both = (rows >= 0).all(axis=1)
-        return Pairs(rows[both], self.kinds[both], self.distances[both])
-
 
 def join(parts: Sequence[Pairs]) -> Pairs:
     """Pairs of several kinds as one."""
@@ -88,7 +80,11 @@ def crossing(names: NDArray[Any], splits: NDArray[Any]) -> list[str]:
 
 
 def report(pairs: Pairs, keys: NDArray[Any], groups: NDArray[Any], splits: NDArray[Any]) -> pa.Table:
-    """`duplicates.csv`: every pair, what makes it one, and the split that both are in."""
+    """`duplicates.csv`: every pair, what makes it one, and the split that both are in.
+
+    Args:
+        keys, groups, splits: (N,) of all images of the tables; the split is empty where one was left out.
+    """
     one, other = pairs.rows.T
     return pa.table(
         {

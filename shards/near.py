@@ -25,6 +25,7 @@ _SIDE = 64  # pixels of the square that is transformed
 _LOW = 16  # frequencies along each axis, from the first above 0
 _ROUNDING = 12**-0.5  # grey levels, standard deviation: what rounding pixels to 8 bits adds to a coefficient
 _ROWS = 256  # hashes compared with all later ones at a time: 8 KiB stay in a core's first cache
+_FEW = 1_000_000  # pairs that are no burden, be the images few and all alike
 _MOST = 50  # pairs an image
 
 
@@ -87,7 +88,7 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> tuple[NDArray[np.in
     """
     rows = np.flatnonzero(hashes.any(axis=1))
     words = np.ascontiguousarray(hashes[rows].T)
-    most = _MOST * len(hashes)
+    most = max(_MOST * len(hashes), _FEW)
     compare = _compiled()
 
     def search(start: int) -> tuple[int, NDArray[np.int64]]:

@@ -6,7 +6,6 @@ subfolder `set`, which takes the output's name at the very end; a URL gets each 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,12 +19,16 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import Pack
-from shards.claims import Part, lock
-from shards.files import new_folder, read_json
+from shards.claims import Part, lock, lock_alone
+from shards.files import new_folder, read_json, writing
 from shards.shardset import MANIFEST, is_url
 
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 """Protocols under which a file appears only once it is there in full."""
+
+
+_PATIENCE = 10.0
+"""Seconds that a part waits for the last one of a job before it, which is deleting the work."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Output:
             name = f"moleprint-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
             return cls(place.rstrip("/"), (settings.work or Path(tempfile.gettempdir())) / name)
         folder = Path(place).resolve()
-        return cls(str(folder), (settings.work or folder.parent).resolve() / f".{folder.name}.partial")
+        return cls(str(folder), folder.with_name(f".{folder.name}.partial"))
 
     @property
     def growing(self) -> Path:
@@ -67,6 +70,8 @@ class Output:
         else:
             output = Path(self.place)
             there = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+            if output.is_mount():
+                raise UserError(f"{output}: is a mount point; set pack.output to a new folder below it")
         if there:
             raise UserError(f"{self.place}: exists already; delete it, or set pack.output to another folder")
 
@@ -85,27 +90,47 @@ class Output:
             return dict(json.loads(fs.cat_file(f"{root}/{MANIFEST}")))
 
     @contextlib.contextmanager
-    def working(self, part: Part) -> Iterator[None]:
+    def working(self, part: Part, job: str) -> Iterator[None]:
         """Hold the work folder against other packers.
 
         It stays for the next try, and goes when the set is whole: the last of several parts deletes it, as
         the others look into it until they have seen the end.
 
+        Args:
+            job: sum of the settings and tables, which all parts at work must share.
+
         Raises:
             UserError: if another packer is at work, or the other parts are not of the same job.
         """
-        with new_folder(self.growing):
-            handle = lock(self.work, shared=not part.alone)
+        with contextlib.ExitStack() as stack:
+            with writing(self.work if self.url else Path(self.place)):
+                stack.enter_context(new_folder(self.growing))
+            handle = lock(self.work, shared=not part.alone, patience=0 if part.alone else _PATIENCE)
             if handle is None:
                 raise UserError(f"{self.place}: is being packed by another process; wait for it, or end it")
-            try:
-                for leftover in self.work.rglob(".*.tmp") if part.alone else ():
+            stack.callback(os.close, handle)
+            if part.alone:
+                for leftover in self.work.rglob(".*.tmp"):
                     leftover.unlink()
-                yield
-                with contextlib.suppress(BlockingIOError):  # another part is still here
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(self.work, ignore_errors=True)
-            finally:
+            else:
+                self._agree(stack, job)
+            yield
+            if lock_alone(handle):
+                shutil.rmtree(self.work, ignore_errors=True)
+
+    def _agree(self, stack: contextlib.ExitStack, job: str) -> None:
+        """Hold a lock in the job's name; raise UserError if another job's is held."""
+        mine = self.work / f"job-{job[:16]}.lock"
+        for path in (mine, *self.work.glob("job-*.lock")):
+            handle = lock(path, shared=path == mine)
+            if handle is None:
+                raise UserError(
+                    f"{self.place}: others are packing it with other settings or tables; wait for them, end "
+                    "them, or set pack.output to another folder"
+                )
+            if path == mine:
+                stack.callback(os.close, handle)
+            else:
                 os.close(handle)
 
     def holds(self, files: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -147,9 +172,10 @@ class Output:
         else:
             output = Path(self.place)
             self.refuse_existing()
-            _flush(self.growing)
-            self.growing.rename(output)
-            _flush(output.parent)
+            with writing(output):
+                _flush(self.growing)
+                self.growing.rename(output)
+                _flush(output.parent)
 
 
 def put(folder: Path, url: str, names: list[str]) -> None:

@@ -23,15 +23,15 @@ from configs.errors import UserError
 from configs.schema import Pack
 from shards import leaks
 from shards.claims import ALONE, POLL, Job, Part, complete, lock
-from shards.describe import DUPLICATES, REJECTED, manifest, samples_table
-from shards.files import atomic, sha256, write_json, write_text, writing
+from shards.describe import DUPLICATES, REJECTED, check_made_by, fingerprint, manifest, samples_table
+from shards.files import atomic, sha256, write_json
 from shards.images import Ref, locate
-from shards.output import Output, put
+from shards.output import Output
 from shards.plan import Plan, make_plan
 from shards.records import Records, read
-from shards.scan import CHUNK, Chunk, Fact, digest, found, payload, scan
+from shards.scan import CHUNK, Chunk, Fact, chunk_paths, digest, found, payload, scan
 from shards.shardset import MANIFEST, SAMPLES
-from shards.tar import Sample, Shard, write_shard
+from shards.tar import Sample, Shard, finish_shard
 from shards.workers import Crew
 
 _VERSION = 1  # of how shards are written: a change of it writes all anew
@@ -54,19 +54,22 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
             next try.
     """
     output = Output.of(settings)
-    if not part.alone and output.packed():
-        return output.manifest()
-    output.refuse_existing()
-    records = read(settings)
-    make_plan(settings, records)
-    with writing(Path(output.place)), output.working(part), Crew(settings.workers) as crew:
+    continued = not part.alone or output.work.exists()  # perhaps ended just before the work was deleted
+    if not (continued and output.packed()):
+        output.refuse_existing()
+        records = read(settings)
+        make_plan(settings, records)
+    with output.working(part, fingerprint(settings)), Crew(settings.workers) as crew:
+        if output.packed():
+            check_made_by(output.manifest(), settings, output.place)
+            return output.manifest()
         refs = _locate(settings, records, output.work)
         chunks = _scan(settings, refs, output, part, crew, progress)
         facts = [fact for chunk in chunks for fact in chunk.facts]
         rejected = _rejected(settings, records, refs, facts, output)
         plan = make_plan(settings, records, facts)
         shards = _write(plan, settings, refs, facts, output, part, crew, progress)
-        _finish(settings, plan, facts, shards, rejected, output)
+        _finish(settings, records, plan, facts, shards, rejected, output)
     return output.manifest()
 
 
@@ -177,22 +180,12 @@ def _write(
     with _Bar("write", len(plan.records), progress and not part.rank) as bar:
         return complete(
             jobs,
-            write,
+            finish_shard,
             output.work,
             part,
             crew,
             lambda shard: bar.add(len(shard.offsets), max(int(f["size"]) for f in shard.files.values())),
         )
-
-
-def write(growing: Path, work: Path, name: str, samples: Sequence[Sample], expected: str, url: str) -> Shard:
-    """Write a shard, send it to its URL if it has one, and note in the work folder that it is finished."""
-    shard = write_shard(growing, name, samples)
-    if url:
-        put(growing, url, list(shard.files))
-    done = {"digest": expected, "offsets": shard.offsets, "files": shard.files}
-    write_text(work / f"{name}.json", json.dumps(done))
-    return shard
 
 
 def _digest(name: str, samples: Sequence[Sample], contents: Sequence[str]) -> str:
@@ -223,14 +216,16 @@ def _samples_of(
             **({"source": records.sources[place]} if records.sources[place] else {}),
             "metadata": metadata,
         }
-        ref = payload(work, row // CHUNK, facts[row], refs[row])
+        chunk = row // CHUNK
+        ref, listing = payload(work, chunk, facts[row], refs[row]), chunk_paths(work, chunk)[1]
         text = json.dumps(info, ensure_ascii=False, allow_nan=False)
-        samples.append(Sample(records.keys[place], ref, facts[row].crc32, label, text.encode()))
+        samples.append(Sample(records.keys[place], ref, facts[row].crc32, listing, label, text.encode()))
     return samples
 
 
 def _finish(
     settings: Pack,
+    records: Records,
     plan: Plan,
     facts: Sequence[Fact],
     shards: Sequence[Shard],
@@ -245,13 +240,14 @@ def _finish(
             continue
         try:
             if not output.packed():
-                _conclude(settings, plan, facts, shards, rejected, output)
+                _conclude(settings, records, plan, facts, shards, rejected, output)
         finally:
             os.close(handle)
 
 
 def _conclude(
     settings: Pack,
+    records: Records,
     plan: Plan,
     facts: Sequence[Fact],
     shards: Sequence[Shard],
@@ -269,12 +265,12 @@ def _conclude(
 
     add(SAMPLES, pq.write_table, samples)
     if len(plan.pairs.rows):
-        names = np.array(settings.split_names, dtype=object)[plan.splits]
-        pairs = leaks.report(plan.pairs, plan.records.keys, plan.records.groups, names)
-        add(DUPLICATES, csv.write_csv, pairs)
+        splits = np.full(len(records), "", dtype=object)
+        splits[plan.rows] = np.array(settings.split_names, dtype=object)[plan.splits]
+        add(DUPLICATES, csv.write_csv, leaks.report(plan.pairs, records.keys, records.groups, splits))
     if rejected.num_rows:
         add(REJECTED, csv.write_csv, rejected)
-    described = manifest(settings, plan, samples, files, rejected.num_rows)
+    described = manifest(settings, plan, records, samples, files, rejected.num_rows)
     write_json(output.growing / MANIFEST, described)
     output.finish(files)
 

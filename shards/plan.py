@@ -1,8 +1,10 @@
 """Which image goes into which split and shard: decided from the tables and what was found of the images."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Pack, canonical
 from shards.images import without_ending
-from shards.leaks import Pairs, duplicates, join
+from shards.leaks import KINDS, Pairs, duplicates, join
 from shards.records import Records, read_pairs
 from shards.scan import Fact
 from shards.split import Purpose, connect, generator, split, tie, undersample
@@ -34,13 +36,15 @@ class Plan:
     shards: dict[str, slice]
     """Name of each tar, without its ending -> the images it holds."""
     pairs: Pairs
-    """Duplicates among the N images."""
+    """Duplicates among all images of the tables, by their rows there."""
     dropped: int
     """Images left out as copies of others, as the configuration asks."""
 
 
 def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = None) -> Plan:
     """Drop what is rejected and thin as asked, deal groups to splits, shuffle, cut into shards.
+
+    What ties two groups does so even where the images that tell of it are left out.
 
     Args:
         records: all images of the tables.
@@ -54,29 +58,24 @@ def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = N
     if facts is not None:
         pairs = join([pairs, duplicates(facts, settings.near_duplicates)])
         rows = np.flatnonzero([not fact.reason for fact in facts])
+    units = tie(_codes(records.groups), np.concatenate([pairs.rows, _chains(records.lesions)]))
+    given = _given_to_units(settings, records, units)
+
     usable = len(rows)
     if settings.duplicates_action == "drop":
         rows = _without_listed(records, pairs, rows)
     dropped = usable - len(rows)
     if settings.undersample:
         rows = rows[undersample(records.labels[rows], settings.seed)]
-    kept, pairs = records.take(rows), pairs.among(rows)
-
+    kept = records.take(rows)
     groups = _codes(kept.groups)
-    units = tie(groups, np.concatenate([pairs.rows, _chains(kept.lesions)]))
-    splits = _deal(settings, kept, units, pairs)
+    splits = _deal(settings, kept, units[rows], given[rows])
     _refuse_gaps(settings, kept, groups, splits)
 
     order, ends = _order(settings, groups, splits)
     sizes = np.array([facts[row].size if facts else 0 for row in rows[order]], dtype=np.int64)
-    return Plan(
-        kept.take(order),
-        rows[order],
-        splits[order],
-        _cut(settings, splits[order], sizes, ends),
-        pairs.among(order),
-        dropped,
-    )
+    shards = _cut(settings, splits[order], sizes, ends)
+    return Plan(kept.take(order), rows[order], splits[order], shards, pairs, dropped)
 
 
 def _codes(names: NDArray[Any]) -> Ints:
@@ -92,16 +91,13 @@ def _chains(names: NDArray[Any]) -> Ints:
 
 def _without_listed(records: Records, pairs: Pairs, rows: Ints) -> Ints:
     """Of images listed as duplicates, directly or through others, keep the first usable one in id order."""
+    together = connect(len(records), pairs.rows[pairs.kinds == KINDS.index("listed")])
     by_id = rows[np.argsort(records.keys[rows], kind="stable")]
-    place = np.full(len(records), -1)
-    place[by_id] = np.arange(len(by_id))
-    listed = place[pairs.rows[pairs.kinds == 0]]
-    first = connect(len(by_id), listed[(listed >= 0).all(axis=1)])
-    return np.sort(by_id[first == np.arange(len(by_id))])
+    return np.sort(by_id[np.unique(together[by_id], return_index=True)[1]])
 
 
-def _deal(settings: Pack, records: Records, units: Ints, pairs: Pairs) -> Ints:
-    """Index (N,) of each image's split: as given for some units, dealt for the others."""
+def _given_to_units(settings: Pack, records: Records, units: Ints) -> Ints:
+    """(N,) the split that the configuration gives each image's unit, or UNDEALT."""
     names = settings.split_names
     given = _given(settings, records)
     chosen = np.full(int(units.max()) + 1, UNDEALT)
@@ -119,18 +115,24 @@ def _deal(settings: Pack, records: Records, units: Ints, pairs: Pairs) -> Ints:
                 + "; correct pack.split_column or pack.split_files"
             )
         chosen[mine] = part
-    splits = chosen[units]
+    return chosen[units]
+
+
+def _deal(settings: Pack, records: Records, units: Ints, splits: Ints) -> Ints:
+    """Index (N,) of each image's split: as given where it is, dealt for the others."""
     left = np.flatnonzero(splits == UNDEALT)
-    if len(left):
-        free = [part for part in range(len(names)) if not (given == part).any()]
-        if not free:
-            raise UserError(
-                f"{len(left)} images are in no split, first {records.keys[left[0]]}; give them one, or leave "
-                "a split out for them"
-            )
-        asked = _ratios(settings)[free]
-        dealt = split(_codes(units[left]), records.labels[left], tuple(asked / asked.sum()), settings.seed)
-        splits[left] = np.array(free)[dealt]
+    if not len(left):
+        return splits
+    free = [part for part in range(len(settings.split_names)) if not (splits == part).any()]
+    if not free:
+        raise UserError(
+            f"{len(left)} images are in no split, first {records.keys[left[0]]}; give them one, or leave "
+            "a split out for them"
+        )
+    asked = _ratios(settings)[free]
+    dealt = split(_codes(units[left]), records.labels[left], tuple(asked / asked.sum()), settings.seed)
+    splits = splits.copy()
+    splits[left] = np.array(free)[dealt]
     return splits
 
 
@@ -159,23 +161,35 @@ def _given(settings: Pack, records: Records) -> Ints:
                 f"{records.keys[wrong[0]]} in '{values[wrong[0]]}'; there are {', '.join(names)}"
             )
         given = np.array([known.get(value, UNDEALT) for value in values])
-    row = {key: n for n, key in enumerate(records.keys)}
     for name, path in settings.split_files.items():
-        given[_listed(path, row)] = names[name]
+        rows = _listed(path, records)
+        twice = rows[(given[rows] != UNDEALT) & (given[rows] != names[name])]
+        if len(twice):
+            raise UserError(
+                f"{path}: {len(twice)} images are in another split's file too, first "
+                f"{records.keys[twice[0]]}; take them out of one; see pack.split_files"
+            )
+        given[rows] = names[name]
     return given
 
 
-def _listed(path: Any, row: dict[str, int]) -> Ints:
-    """Rows of the ids in a file; ids of images that were rejected or dropped are passed over."""
+def _listed(path: Path, records: Records) -> Ints:
+    """Rows of the ids, or keys, in a file."""
     try:
-        ids = [without_ending(line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason}); see pack.split_files") from None
-    rows = [row[key] for key in ids if key in row]
-    if not rows:
-        raise UserError(f"{path}: none of its {len(ids)} lines is the id of an image; see pack.split_files")
-    return np.array(rows)
+    ids = [without_ending(line.strip()) for line in lines if line.strip()]
+    row = {name: n for n, name in enumerate(records.ids)} | {key: n for n, key in enumerate(records.keys)}
+    shared = {name for name, count in Counter(records.ids).items() if count > 1}
+    unknown = [name for name in ids if name not in row or name in shared]
+    if unknown or not ids:
+        raise UserError(
+            f"{path}: {len(unknown)} of its {len(ids)} lines are the id of no image, or of several sources' "
+            f"({few(unknown)}); correct it (SOURCE_ID names one source's image); see pack.split_files"
+        )
+    return np.array([row[name] for name in ids])
 
 
 def _why_tied(records: Records, one: int, other: int) -> str:

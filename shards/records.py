@@ -127,6 +127,12 @@ def _read(name: str, source: Source) -> Records:
         n for n in table.column_names if n and n not in {source.id_column, source.group_column} - labelled
     ]
 
+    if name and len(longest := max(ids, key=len)) + len(name) + 1 > 90:
+        raise UserError(
+            f"{path}: image id {longest} is too long for a file's name in a shard behind its source's name "
+            f"{name}_ (90 characters); give pack.sources a shorter name"
+        )
+
     def named(values: Sequence[str], joint: str) -> NDArray[np.object_]:
         return np.array([f"{name}{joint}{v}" if name and v else v for v in values], dtype=object)
 

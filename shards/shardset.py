@@ -17,7 +17,7 @@ from configs.schema import Experiment
 from shards.files import read_json, sha256
 from shards.tables import few
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 MANIFEST = "dataset.json"
 SAMPLES = "samples.parquet"
@@ -29,6 +29,7 @@ COLUMNS = (
 )
 """Columns of `samples.parquet` before those of the source tables; `shard` is the tar's file name."""
 
+_NEEDED = ("settings", "sources", "classes", "positive", "splits", "duplicates", "rejected", "files")
 Ints = NDArray[np.int64]
 
 
@@ -74,6 +75,7 @@ class ShardSet:
                 f"{folder}: shard set of format version {version}, this release reads {FORMAT_VERSION}; "
                 "pack it again with `moleprint pack`"
             )
+        read_json(path, "moleprint pack", _NEEDED)
         wrong = []
         for name, about in manifest["files"].items():
             file = folder / name
@@ -94,7 +96,7 @@ class ShardSet:
                 f"{folder}: there is no fold {fold}, the set {has}; set loader.fold or pack.folds"
             )
         identity = f"{sha256(path)}-fold{fold}" if folds else sha256(path)
-        return cls(folder, manifest, pq.read_table(folder / SAMPLES), identity, fold)
+        return cls(folder, manifest, _read_samples(folder / SAMPLES), identity, fold)
 
     @classmethod
     def of(cls, experiment: Experiment) -> "ShardSet":
@@ -210,6 +212,17 @@ class ShardSet:
 
     def _ints(self, column: str) -> Ints:
         return np.asarray(self.samples[column], dtype=np.int64)
+
+
+def _read_samples(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); copy it again") from None
+    lacking = [name for name in COLUMNS if name not in table.column_names]
+    if lacking:
+        raise UserError(f"{path}: lacks the columns {few(lacking)}; pack the set again")
+    return table
 
 
 def is_url(place: Path | str) -> bool:

@@ -14,6 +14,7 @@ from pyarrow import csv
 
 from configs.errors import UserError
 
+_WHOLE = r"^-?\d+$"
 _NUMBER = r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$"
 
 
@@ -67,7 +68,10 @@ def _parquet(path: Path) -> pa.Table:
     columns = {}
     for name in table.column_names:
         with contextlib.suppress(pa.ArrowNotImplementedError, pa.ArrowInvalid):
-            columns[name] = pc.cast(table[name], pa.string())
+            column = table[name]
+            if pa.types.is_floating(column.type):
+                column = pc.if_else(pc.is_nan(column), None, column)
+            columns[name] = pc.cast(column, pa.string())
     return pa.table(columns)
 
 
@@ -100,7 +104,8 @@ def refuse_blanks(path: object, values: Sequence[str], what: str, remedy: str = 
 def typed(column: Any) -> Any:
     """A column of text as int64 or float64 where every value is a plain, finite number, else as it is."""
     if pc.all(pc.match_substring_regex(column, _NUMBER)).as_py():
-        for kind in (pa.int64(), pa.float64()):
+        whole = pc.all(pc.match_substring_regex(column, _WHOLE)).as_py()
+        for kind in (pa.int64(),) if whole else (pa.float64(),):  # a whole number too long for one is a name
             with contextlib.suppress(pa.ArrowInvalid):
                 numbers = column.cast(kind)
                 if pc.all(pc.is_finite(numbers)).as_py():

@@ -1,6 +1,7 @@
 """Samples -> one uncompressed tar and its DALI index. Light to import: worker processes start with this."""
 
 import hashlib
+import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ class Sample(NamedTuple):
     """Where its JPEG lies."""
     crc32: int
     """Of its JPEG when it was looked at."""
+    listing: Path
+    """What was found then; deleted if it is no longer true, so that the next run looks again."""
     label: int
     info: bytes
     """Content of `KEY.json`."""
@@ -50,6 +53,24 @@ class Shard:
     """First byte of each image's JPEG in the tar."""
     files: dict[str, dict[str, int | str]]
     """File name -> size and sha256, of the tar and its index."""
+
+
+def finish_shard(
+    growing: Path, work: Path, name: str, samples: Sequence[Sample], expected: str, url: str
+) -> Shard:
+    """Write a shard, send it to its URL if it has one, and note in the work folder that it is finished.
+
+    Args:
+        expected: sum of all that decides the shard, by which a later run knows it again.
+    """
+    shard = write_shard(growing, name, samples)
+    if url:
+        from shards.output import put
+
+        put(growing, url, list(shard.files))
+    done = {"digest": expected, "offsets": shard.offsets, "files": shard.files}
+    write_text(work / f"{name}.json", json.dumps(done))
+    return shard
 
 
 def write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
@@ -89,22 +110,20 @@ def _write_sample(file: _Summed, sample: Sample) -> list[Member]:
     try:
         jpeg = read(sample.ref)
     except UserError as error:
-        raise UserError(f"{sample.ref.name}: {error}") from None
+        sample.listing.unlink(missing_ok=True)
+        raise UserError(f"{sample.ref.name}: {error}; run the same command again") from None
     if zlib.crc32(jpeg) != sample.crc32:
+        sample.listing.unlink(missing_ok=True)
         raise UserError(f"{sample.ref.name}: changed while it was being packed; run the same command again")
     payloads = (jpeg, str(sample.label).encode(), sample.info)
-    return [
-        _append(file, f"{sample.key}.{kind}", payload) for kind, payload in zip(KINDS, payloads, strict=True)
-    ]
-
-
-def _append(file: _Summed, name: str, payload: bytes) -> Member:
-    """Write one USTAR member."""
-    file.write(ustar_header(name, len(payload)))
-    offset = file.size
-    file.write(payload)
-    file.write(bytes(-len(payload) % BLOCK))
-    return Member(name, offset, len(payload))
+    members, blocks, start = [], [], file.size
+    for kind, payload in zip(KINDS, payloads, strict=True):
+        name, size = f"{sample.key}.{kind}", len(payload)
+        members.append(Member(name, start + BLOCK, size))
+        blocks += [ustar_header(name, size), payload, bytes(-size % BLOCK)]
+        start += BLOCK + size + -size % BLOCK
+    file.write(b"".join(blocks))
+    return members
 
 
 def _template() -> bytes:

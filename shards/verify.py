@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     heights: list[int]
 
 
-def verify(folder: Path, *, quick: bool = False, workers: int = 0, progress: bool = True) -> list[str]:
+def verify(folder: Path | str, *, quick: bool = False, workers: int = 0, progress: bool = True) -> list[str]:
     """Check every sum, member, index line and label, that nothing crosses splits, and decode every image.
 
     Args:
@@ -178,7 +178,7 @@ def _folder_problems(shards: ShardSet) -> Iterator[str]:
         # The workers sum the tars, which they read anyway.
         if not name.endswith(".tar") and sha256(shards.folder / name) != about["sha256"]:
             yield f"{name} does not match its sum in {MANIFEST}"
-    for stray in sorted(shards.folder.glob("*.tar")):
+    for stray in sorted([*shards.folder.glob("*.tar"), *shards.folder.glob("*.idx")]):
         if stray.name not in files:
             yield f"{stray.name} is not part of the set"
 
@@ -187,6 +187,8 @@ def _split_problems(shards: ShardSet) -> Iterator[str]:
     """Groups or lesions in two splits, classes missing from one, counts that differ from the manifest's."""
     samples = shards.samples
     parts = samples["split"].to_numpy()
+    if parts.tolist() != [name.rpartition("-")[0] for name in samples["shard"].to_pylist()]:
+        yield "samples.parquet names another split than the shard that a sample lies in"
     for column in ("group", "lesion"):
         for name in crossing(samples[column].to_numpy(), parts):
             yield f"{column} {name} is in more than one split"

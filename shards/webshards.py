@@ -41,7 +41,7 @@ def staged(url: str, folder: Path) -> Iterator[tuple[str, Ref]]:
     """(stem, bytes) of every image of a shard, which is streamed once and its images kept in `folder`."""
     name = f"stage-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     data, listing = folder / f"{name}.bin", folder / f"{name}.json"
-    if not listing.is_file():
+    if not _is_staged(data, listing):
         entries = []
         with atomic(data) as file:
             for sample in tqdm(_samples(url), desc=f"fetch {Path(url).name}", unit="image", leave=False):
@@ -53,6 +53,15 @@ def staged(url: str, folder: Path) -> Iterator[tuple[str, Ref]]:
     mark = stamp(data.stat())
     for stem, member, offset, size in json.loads(listing.read_text())["images"]:
         yield stem, Ref(str(data), f"{url} {member}", mark, offset, size)
+
+
+def _is_staged(data: Path, listing: Path) -> bool:
+    try:
+        said = json.loads(listing.read_text(encoding="utf-8"))
+        needs = sum(size for *_, size in said["images"])
+        return bool(said["version"] == STAGED and data.stat().st_size == needs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:

@@ -119,7 +119,8 @@ def test_a_small_set_may_be_all_alike() -> None:
 
 
 @pytest.mark.parametrize(("copies", "distance"), [(102, 0), (600, 12)])
-def test_too_many_pairs_are_an_error(copies: int, distance: int) -> None:
+def test_too_many_pairs_are_an_error(copies: int, distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.near._FEW", 0)
     with pytest.raises(UserError, match=rf"^pack.near_duplicates: .* {distance} bits.*lower"):
         near_pairs(np.repeat(planted(1, 0), copies, axis=0), distance)
 

@@ -114,6 +114,36 @@ def test_a_leak_is_found(copy: Path, tiny_shards: ShardSet) -> None:
     damaged(copy, f"group {patient} is in more than one split", "another label or group")
 
 
+def test_a_lesion_in_two_splits_is_found(copy: Path, tiny_shards: ShardSet) -> None:
+    both = [int(tiny_shards.split(name)[0]) for name in ("train", "val")]
+    edit_samples(copy, "lesion", lambda values: [values.__setitem__(n, "L1") for n in both])
+    damaged(copy, "lesion L1 is in more than one split")
+
+
+def test_an_exact_copy_in_two_splits_is_found(copy: Path, tiny_shards: ShardSet) -> None:
+    """A forger writes a training image over a test image of the same length, sums and all."""
+    lengths = {int(size): n for n, size in enumerate(tiny_shards.sizes) if n in tiny_shards.split("train")}
+    target = next((int(n) for n in tiny_shards.split("test") if int(tiny_shards.sizes[n]) in lengths), None)
+    if target is None:  # no two of a length: pad the image with bytes after its end
+        pytest.skip("the tiny set has no two images of one length in train and test")
+    source = lengths[int(tiny_shards.sizes[target])]
+    tars = [copy / tiny_shards.paths[tiny_shards.shard[n]].name for n in (source, target)]
+    start, size = int(tiny_shards.offsets[source]), int(tiny_shards.sizes[source])
+    jpeg = tars[0].read_bytes()[start : start + size]
+    data = bytearray(tars[1].read_bytes())
+    place = int(tiny_shards.offsets[target])
+    data[place : place + size] = jpeg
+    tars[1].write_bytes(data)
+    edit_samples(copy, "crc32", lambda values: values.__setitem__(target, zlib.crc32(jpeg)))
+    damaged(copy, "copies of", "are in more than one split")
+
+
+def test_a_split_that_the_shards_name_denies_is_found(copy: Path, tiny_shards: ShardSet) -> None:
+    row = int(tiny_shards.split("val")[0])
+    edit_samples(copy, "split", lambda values: values.__setitem__(row, "train"))
+    damaged(copy, "names another split than the shard")
+
+
 def test_a_wrong_label_is_found(copy: Path) -> None:
     edit_samples(copy, "label", lambda values: values.__setitem__(0, 1 - values[0]))
     damaged(copy, "another label or group", "split train holds")
@@ -140,8 +170,8 @@ def test_opening_refuses_what_is_no_sound_shard_set(copy: Path, tmp_path: Path) 
     refused("samples.parquet", "sum")
     (copy / "train-000000.tar").unlink()
     refused("train-000000.tar is missing")
-    edit_manifest(copy, version=2)
-    refused("format version 2", "reads 1", "moleprint pack")
+    edit_manifest(copy, version=1)
+    refused("format version 1", "reads 2", "moleprint pack")
     (copy / "dataset.json").write_text('{"version": 1')
     refused("dataset.json", "moleprint pack")
     (copy / "dataset.json").unlink()
