@@ -17,6 +17,7 @@ from pyarrow import csv
 
 from configs.errors import UserError
 from configs.schema import Pack
+from shards.describe import check_made_by
 from shards.images import Ref, locate, read
 from shards.leaks import crossing
 from shards.pack import pack
@@ -301,3 +302,78 @@ def test_names_that_cross_are_found() -> None:
     names = np.array(["a", "a", "b", "b", "", "", "c", None], dtype=object)
     splits = np.array(["x", "y", "x", "x", "x", "y", "y", "y"])
     assert crossing(names, splits) == ["a"]
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.images.LARGEST", 1000)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", bytes(1001))
+    (ref,) = locate(["a"], str(tmp_path / "images.zip"), tmp_path)
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(UserError, match="unpacks to 1,001 bytes: a decompression bomb"):
+        read(ref)
+
+
+def test_damage_inside_archives_is_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", np.random.default_rng(0).bytes(4000))
+    data = bytearray(path.read_bytes())
+    data[40:60] = bytes(20)
+    path.write_bytes(data)
+    with h5py.File(tmp_path / "images.hdf5", "w") as file:
+        file.create_group("a")
+    for place in (path, tmp_path / "images.hdf5"):
+        (ref,) = locate(["a"], str(place), tmp_path)
+        with pytest.raises(UserError, match="cannot be read") as caught:
+            read(ref)
+        assert "\n" not in str(caught.value)
+
+
+def test_links_are_followed_and_broken_ones_are_a_reason(tiny_pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "there").symlink_to(tiny_pack.images)
+    (tmp_path / "images" / "circle").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    sound, broken = locate(["TINY_0001", "broken"], str(tmp_path / "images"), tmp_path)
+    assert (sound.name, broken.name) == ("there/TINY_0001.jpg", "broken.jpg")
+    assert read(sound).startswith(b"\xff\xd8")
+    with pytest.raises(UserError, match="No such file"):
+        read(broken)
+
+
+def test_not_a_number_is_a_blank(tiny_pack: Pack, tmp_path: Path) -> None:
+    table = csv.read_csv(tiny_pack.table)
+    groups = pa.array([float("nan") if n < 9 else n // 5 for n in range(table.num_rows)], pa.float64())
+    table = table.set_column(table.column_names.index("patient_id"), "patient_id", groups)
+    table = table.append_column("serial", pa.array(["12345678901234567890"] * table.num_rows))
+    pq.write_table(table, tmp_path / "table.parquet")
+    fields = {"table": tmp_path / "table.parquet"}
+    with pytest.raises(UserError, match="9 rows have no group"):
+        read_records(Pack.model_validate(tiny_pack.model_dump() | fields))
+    records = read_records(Pack.model_validate(tiny_pack.model_dump() | fields | {"blank_groups": "own"}))
+    assert len(set(records.groups[:9])) == 9
+    assert set(records.metadata["serial"].to_pylist()) == {"12345678901234567890"}
+
+
+def test_an_id_too_long_behind_its_sources_name_is_told_at_once(tiny_pack: Pack, tmp_path: Path) -> None:
+    lines = (tiny_pack.table or Path()).read_text().replace("TINY_0003", "T" * 89)
+    (tmp_path / "table.csv").write_text(lines)
+    fields = {"sources": {"first": {"table": tmp_path / "table.csv"}}}
+    with pytest.raises(UserError, match=r"too long for a file's name .* first_"):
+        read_records(Pack.model_validate(tiny_pack.model_dump() | fields))
+
+
+def test_another_metadata_table_is_another_set(tiny_pack: Pack, tmp_path: Path) -> None:
+    more = tmp_path / "more.csv"
+    rows = csv.read_csv(tiny_pack.table).to_pylist()
+    more.write_text("\n".join(["isic_id,camera", *(f"{row['isic_id']},a" for row in rows)]))
+    shards = packed(tiny_pack, more_tables=(more,), output=tmp_path / "shards")
+    assert set(shards.samples["camera"].to_pylist()) == {"a"}
+    settings = Pack.model_validate(tiny_pack.model_dump() | {"more_tables": (more,)})
+    check_made_by(shards.manifest, settings, shards.folder)
+    more.write_text(more.read_text().replace(",a", ",b"))
+    with pytest.raises(UserError, match=r"more_tables is .*more.csv, was another more.csv"):
+        check_made_by(shards.manifest, settings, shards.folder)
+    with pytest.raises(UserError, match="more_tables are 0, were 1"):
+        check_made_by(shards.manifest, tiny_pack, shards.folder)
