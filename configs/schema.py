@@ -255,7 +255,14 @@ class Loader(Section):
     """`shuffle`: a true permutation of the epoch; `balanced`: as many of each class in every rank's slice;
     `patient`: balanced, and negatives from the positives' own patients where they have any."""
     global_batch: Count = 64
-    """Images a step over all ranks together; a multiple of the ranks (balanced: of ranks × classes)."""
+    """Images a step over all ranks together; a multiple of the ranks (balanced: ranks × classes a batch)."""
+    classes_per_batch: CountOrAuto = 0
+    """`balanced` only: classes in a batch, 2 or more, in turns that show all of them equally often; 0 is all.
+    With many classes, fewer of them a batch leave more images of each to compare."""
+    window: CountOrAuto = 0
+    """Shards whose images are shuffled together, the shards themselves shuffled first; 0 is the whole split.
+    Only for sets larger than the page cache (of which `window` shards should take less than half): reading
+    then stays local. `patient` also wants `pack.whole_groups`, since a patient's images lie anywhere else."""
     steps_per_epoch: CountOrAuto = 0
     """Steps an epoch; 0 is as many as show each training image once (balanced: as many as the set has)."""
     fold: CountOrAuto = 0
@@ -274,6 +281,19 @@ class Loader(Section):
     """Batches prepared ahead."""
     max_bad: Share = 0.01
     """Share of the set's images that training may replace for failing their checksum; elsewhere none may."""
+
+    @model_validator(mode="after")
+    def _classes_to_compare(self) -> "Loader":
+        if self.classes_per_batch and self.sampler != "balanced":
+            raise ValueError(
+                f"classes_per_batch={self.classes_per_batch} is for sampler balanced, not {self.sampler}; "
+                "set it to 0"
+            )
+        if self.classes_per_batch == 1:
+            raise ValueError(
+                "classes_per_batch=1 leaves a batch no other class to compare; set it to 0, or 2 or more"
+            )
+        return self
 
 
 class Model(Section):

@@ -19,6 +19,7 @@ from pipeline.sampler import (
     Patient,
     Sampler,
     Shuffle,
+    Windows,
     check_world_size,
     rank_slice,
 )
@@ -142,12 +143,29 @@ def training_sampler(shards: ShardSet, settings: Settings, *, seed: int, world_s
             f"loader.global_batch={batch} leaves {world_size} ranks less than 2 images each, and one has no "
             f"statistics; set it to {2 * world_size} or more"
         )
+    windows = Windows(shards.shard, settings.window) if settings.window else None
     if settings.sampler == "shuffle":
         check_world_size(batch, world_size)
-        return Shuffle(indices, batch, seed=seed, steps=steps)
-    check_world_size(batch, world_size, len(shards.classes))
+        return Shuffle(indices, batch, seed=seed, steps=steps, windows=windows)
+    classes = len(shards.classes)
+    check_world_size(batch, world_size, min(settings.classes_per_batch or classes, classes))
     if settings.sampler == "balanced":
-        return Balanced(indices, shards.labels, batch, seed=seed, steps=steps)
+        return Balanced(
+            indices,
+            shards.labels,
+            batch,
+            seed=seed,
+            steps=steps,
+            classes_per_batch=settings.classes_per_batch,
+            windows=windows,
+        )
     return Patient(
-        indices, shards.labels, shards.groups, batch, positive=shards.positive, seed=seed, steps=steps
+        indices,
+        shards.labels,
+        shards.groups,
+        batch,
+        positive=shards.positive,
+        seed=seed,
+        steps=steps,
+        windows=windows,
     )

@@ -1,13 +1,18 @@
 """The order is a pure function of (seed, epoch, step), whatever the number of ranks."""
 
 import hashlib
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from configs.errors import UserError
+from configs.schema import Loader as Settings
+from pipeline.loader import training_sampler
 from pipeline.sampler import (
     PADDING,
     Balanced,
@@ -16,9 +21,11 @@ from pipeline.sampler import (
     Sampler,
     Sequential,
     Shuffle,
+    Windows,
     check_world_size,
     rank_slice,
 )
+from shards.shardset import ShardSet
 
 BATCH = 24
 WORLDS = [1, 2, 3, 4, 6, 12]  # with two classes, all that divide the batch into balanced slices
@@ -28,22 +35,38 @@ SEEDS = [0, 1, 2**63 - 1]
 def cohort(classes: int = 2) -> tuple[Indices, Indices, Indices]:
     """(indices, labels, groups): a training split of 150 scattered over 230 samples of 40 patients.
 
-    Class 0 is common; half of the patients have nothing else.
+    Class 0 is common; half of the patients, those from 20 on, have nothing else.
     """
     draw = np.random.default_rng(7)
     groups = draw.integers(0, 40, 230)
     labels = np.where((groups % 2 == 1) & (draw.random(230) < 0.4), draw.integers(1, classes, 230), 0)
-    return np.sort(draw.permutation(230)[:150]), labels, groups
+    return (
+        np.sort(draw.permutation(230)[:150]),
+        labels,
+        np.where(groups % 2 == 1, groups // 2, 20 + groups // 2),
+    )
 
 
 INDICES, LABELS, GROUPS = cohort()
+FIVE = cohort(5)[1]
+SHARD = np.arange(230) // 10
+WINDOWS = Windows(SHARD, 4)
 SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "sequential": lambda seed: Sequential(INDICES, BATCH),
     "shuffle": lambda seed: Shuffle(INDICES, BATCH, seed=seed),
     "shuffle with steps": lambda seed: Shuffle(INDICES, BATCH, seed=seed, steps=4),
     "balanced": lambda seed: Balanced(INDICES, LABELS, BATCH, seed=seed),
     "balanced with steps": lambda seed: Balanced(INDICES, LABELS, BATCH, seed=seed, steps=3),
+    "balanced, 3 of 5 classes": lambda seed: Balanced(INDICES, FIVE, BATCH, seed=seed, classes_per_batch=3),
     "patient": lambda seed: Patient(INDICES, LABELS, GROUPS, BATCH, positive=1, seed=seed),
+    "shuffle in windows": lambda seed: Shuffle(INDICES, BATCH, seed=seed, windows=WINDOWS),
+    "shuffle with steps in windows": lambda seed: Shuffle(
+        INDICES, BATCH, seed=seed, steps=4, windows=WINDOWS
+    ),
+    "balanced in windows": lambda seed: Balanced(INDICES, LABELS, BATCH, seed=seed, windows=WINDOWS),
+    "patient in windows": lambda seed: Patient(
+        INDICES, LABELS, GROUPS, BATCH, positive=1, seed=seed, windows=WINDOWS
+    ),
 }
 FROZEN = {
     "sequential": "8c4aec0689beeeef",
@@ -92,6 +115,37 @@ def test_ranks_share_one_order(name: str, world: int) -> None:
     slices = [batch[rank_slice(batch, rank, world)] for rank in range(world)]
     assert {len(part) for part in slices} == {BATCH // world}
     assert np.array_equal(np.concatenate(slices), batch)
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("name", ["sequential", "shuffle", "shuffle in windows"])
+def test_the_ranks_shares_are_disjoint_and_complete(name: str, world: int) -> None:
+    indices, batch = np.arange(3 * 840), 840
+    windows = Windows(indices // 60, 5) if "windows" in name else None
+    sampler: Sampler = Sequential(indices, batch)
+    if name != "sequential":
+        sampler = Shuffle(indices, batch, seed=0, windows=windows)
+    shares = [[part[rank_slice(part, rank, world)] for part in epochs(sampler)[0]] for rank in range(world)]
+    seen = np.concatenate([np.concatenate(share) for share in shares])
+    assert np.array_equal(np.sort(seen), indices)
+    # Step by step the ranks together show the same, however many they are.
+    for step in range(sampler.steps):
+        together = np.concatenate([share[step] for share in shares])
+        assert np.array_equal(together, sampler.batch(0, step))
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("name", ["balanced", "patient", "balanced in windows", "patient in windows"])
+def test_every_one_of_1_to_8_ranks_has_a_balanced_share(name: str, world: int) -> None:
+    size = 2 * 840
+    windows = WINDOWS if "windows" in name else None
+    sampler: Sampler = Balanced(INDICES, LABELS, size, seed=0, windows=windows)
+    if "patient" in name:
+        sampler = Patient(INDICES, LABELS, GROUPS, size, positive=1, seed=0, windows=windows)
+    for epoch in range(3):
+        batch = sampler.batch(epoch, 0)
+        for rank in range(world):
+            assert LABELS[batch[rank_slice(batch, rank, world)]].sum() * 2 == size // world
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "sequential"])
@@ -145,7 +199,7 @@ def test_short_epochs_run_through_the_whole_set() -> None:
     assert all(np.array_equal(np.sort(one), INDICES) for one in passes)
 
 
-@pytest.mark.parametrize("name", ["balanced", "balanced with steps", "patient"])
+@pytest.mark.parametrize("name", ["balanced", "balanced with steps", "patient", "balanced in windows"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_ranks_slice_is_balanced(name: str, world: int) -> None:
     sampler = SAMPLERS[name](0)
@@ -156,10 +210,11 @@ def test_every_ranks_slice_is_balanced(name: str, world: int) -> None:
             assert counts[0] == counts[1] == BATCH // world // 2
 
 
+@pytest.mark.parametrize("windows", [None, Windows(SHARD, 1), WINDOWS])
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_no_sample_repeats_before_all_of_its_class_were_seen(classes: int) -> None:
+def test_no_sample_repeats_before_all_of_its_class_were_seen(classes: int, windows: Windows | None) -> None:
     indices, labels, _ = cohort(classes)
-    order = epochs(Balanced(indices, labels, BATCH, seed=1), 8).ravel()
+    order = epochs(Balanced(indices, labels, BATCH, seed=1, windows=windows), 8).ravel()
     for label in range(classes):
         members = indices[labels[indices] == label]
         seen = order[labels[order] == label]
@@ -169,11 +224,175 @@ def test_no_sample_repeats_before_all_of_its_class_were_seen(classes: int) -> No
             assert len(set(one_pass)) == len(one_pass)
 
 
-def test_negatives_of_every_second_row_are_the_patients_own() -> None:
-    sampler = SAMPLERS["patient"](0)
+@pytest.mark.parametrize(
+    "name", ["balanced", "balanced with steps", "balanced, 3 of 5 classes", "balanced in windows"]
+)
+def test_the_samples_of_a_class_are_used_evenly(name: str) -> None:
+    """Counts differ by one at most from the start to any place, so by two over a stretch between any two."""
+    labels = FIVE if "5" in name else LABELS
+    order = epochs(SAMPLERS[name](2), 12).ravel()
+    for label in np.unique(labels[INDICES]):
+        members = INDICES[labels[INDICES] == label]
+        counts = np.cumsum(order[labels[order] == label][:, None] == members, axis=0)  # (place, member)
+        assert (np.ptp(counts, axis=1) <= 1).all()
+        for start in range(0, len(counts), 7):
+            assert (np.ptp(counts[start:] - counts[start], axis=1) <= 2).all()
+
+
+@pytest.mark.parametrize(("classes", "chosen"), [(3, 2), (4, 2), (5, 3), (7, 4), (8, 8)])
+def test_classes_take_turns(classes: int, chosen: int) -> None:
+    labels = np.arange(40 * classes) % classes
+    sampler = Balanced(np.arange(len(labels)), labels, chosen * 6, seed=0, classes_per_batch=chosen, steps=50)
+    met = set()
+    shown = labels[epochs(sampler, 2).reshape(-1, 6, chosen)]
+    for rows in shown:
+        assert (rows == rows[0]).all() and len(
+            set(rows[0])
+        ) == chosen  # P classes × K, and so any rank's rows
+        met |= set(combinations(rows[0].tolist(), 2))
+    counts = np.cumsum((shown[:, 0, :, None] == np.arange(classes)).sum(axis=1), axis=0)  # (step, class)
+    assert (np.ptp(counts, axis=1) <= 1).all(), "no class is ever two turns behind"
+    assert len(met) == classes * (classes - 1) // 2, "every two classes are compared"
+
+
+def test_all_classes_named_are_all_classes() -> None:
+    named = Balanced(INDICES, FIVE, 25, seed=0, classes_per_batch=5)
+    assert np.array_equal(epochs(named, 2), epochs(Balanced(INDICES, FIVE, 25, seed=0), 2))
+
+
+def test_classes_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match="classes_per_batch=6 asks for more classes than the 5"):
+        Balanced(INDICES, FIVE, BATCH, seed=0, classes_per_batch=6)
+    with pytest.raises(ValidationError, match="is for sampler balanced, not patient"):
+        Settings(sampler="patient", classes_per_batch=2)
+    with pytest.raises(ValidationError, match="no other class to compare"):
+        Settings(classes_per_batch=1)
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 22])
+def test_a_windows_shards_are_shown_whole_before_the_next_ones(window: int) -> None:
+    shards_of_split = np.unique(SHARD[INDICES])
+    orders = []
+    for epoch in epochs(Shuffle(INDICES, 1, seed=4, windows=Windows(SHARD, window)), 3):
+        order = epoch.ravel()
+        assert np.array_equal(np.sort(order), INDICES)
+        left, opened = order, []
+        while len(left):
+            first_seen = SHARD[left][np.sort(np.unique(SHARD[left], return_index=True)[1])]
+            wanted = first_seen[:window]
+            count = int(np.isin(SHARD[INDICES], wanted).sum())
+            assert set(SHARD[left[:count]]) == set(wanted)
+            opened.append(frozenset(wanted.tolist()))
+            left = left[count:]
+        assert len(opened) == -(-len(shards_of_split) // window)
+        orders.append(tuple(opened))
+    assert len(set(orders)) == 3, "each epoch shuffles the shards"
+
+
+@pytest.mark.parametrize("batch", [1, 24, 150])
+def test_any_stretch_of_steps_touches_few_shards(batch: int) -> None:
+    """240 shards of 50, windows of 12: as many samples as a window has lie in two windows at most."""
+    indices = np.arange(12_000)
+    shard = indices // 50
+    sampler = Shuffle(indices, batch, seed=0, steps=12_000 // batch, windows=Windows(shard, 12))
+    order = np.concatenate([sampler.batch(0, step) for step in range(sampler.steps)])
+    for start in range(0, len(order), 70):
+        assert len(set(shard[order[start : start + 600]])) <= 24
+    plain = Shuffle(indices, 600, seed=0).batch(0, 0)
+    assert len(set(shard[plain])) > 200
+
+
+def test_windows_last_equally_long_in_every_class() -> None:
+    """Classes of 4,800, 4,800 and 60 samples in 240 shards; 12 shards hold 5 % of the large classes."""
+    labels = np.where(np.arange(9_660) < 60, 2, np.arange(9_660) % 2)
+    labels = np.random.default_rng(0).permutation(labels)
+    indices = np.arange(9_660)
+    shard = indices * 240 // 9_660
+    rows = epochs(Balanced(indices, labels, 30, seed=0, windows=Windows(shard, 12)), 2).reshape(-1, 3)
+    stretch = 220  # just less than the 240 samples that a large class has in a window
+    for start in range(0, len(rows) - stretch, 37):
+        touched = shard[rows[start : start + stretch, :2]]
+        assert len(set(touched[:, 0])) <= 26 and len(set(touched[:, 1])) <= 26
+        assert len(set(touched.ravel())) <= 36, "classes of one size are in the same shards"
+    plain = epochs(Balanced(indices, labels, 30, seed=0), 2).reshape(-1, 3)
+    assert np.array_equal(rows[:, 2], plain[:, 2]), "the small class is permuted as a whole"
+
+
+@pytest.mark.parametrize("name", ["shuffle", "balanced", "patient"])
+def test_one_window_of_all_shards_is_no_window(name: str) -> None:
+    whole = Windows(SHARD, 23)
+    make: dict[str, Sampler] = {
+        "shuffle": Shuffle(INDICES, BATCH, seed=0, windows=whole),
+        "balanced": Balanced(INDICES, LABELS, BATCH, seed=0, windows=whole),
+        "patient": Patient(INDICES, LABELS, GROUPS, BATCH, positive=1, seed=0, windows=whole),
+    }
+    assert np.array_equal(epochs(make[name], 3), epochs(SAMPLERS[name](0), 3))
+
+
+def test_the_first_shard_is_any_shard() -> None:
+    """Each of 4 shards opens the epoch equally often: chi-squared, 3 degrees of freedom."""
+    windows = Windows(np.arange(20) // 5, 1)
+    first = [int(Shuffle(np.arange(20), 5, seed=0, windows=windows).batch(e, 0)[0]) // 5 for e in range(800)]
+    assert (np.square(np.bincount(first, minlength=4) - 200) / 200).sum() < 16.3  # p = 0.001
+
+
+@pytest.mark.parametrize("sampler", ["shuffle", "balanced", "patient"])
+def test_the_configured_window_is_used(sampler: str, tiny_shards: ShardSet) -> None:
+    def order(window: int) -> Indices:
+        settings = Settings.model_validate({"sampler": sampler, "global_batch": 4, "window": window})
+        return epochs(training_sampler(tiny_shards, settings, seed=0, world_size=1))
+
+    shards = len(np.unique(tiny_shards.shard[tiny_shards.split("train")]))
+    assert shards > 1 and not np.array_equal(order(1), order(0))
+    assert np.array_equal(order(shards), order(0))
+
+
+def test_the_configured_classes_per_batch_are_used(tiny_shards: ShardSet) -> None:
+    settings = Settings(sampler="balanced", global_batch=4, classes_per_batch=2)
+    all_of_them = Settings(sampler="balanced", global_batch=4)
+    made = [training_sampler(tiny_shards, s, seed=0, world_size=1) for s in (settings, all_of_them)]
+    assert np.array_equal(epochs(made[0]), epochs(made[1]))
+    with pytest.raises(UserError, match="more classes than the 2"):
+        training_sampler(
+            tiny_shards, settings.model_copy(update={"classes_per_batch": 3}), seed=0, world_size=1
+        )
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("name", ["sequential", "shuffle", "balanced", "patient"])
+def test_an_epochs_plan_takes_40_bytes_a_sample(name: str, windows: bool) -> None:
+    """10 million samples: 400 MB at the most, making it and holding two epochs' orders included."""
+    count = 300_000
+    draw = np.random.default_rng(0)
+    indices, labels, groups = (
+        np.arange(count),
+        draw.integers(0, 2, count),
+        draw.integers(0, count // 8, count),
+    )
+    some = Windows(indices // 1000, 16) if windows else None
+    make: dict[str, Callable[[], Sampler]] = {
+        "sequential": lambda: Sequential(indices, 256),
+        "shuffle": lambda: Shuffle(indices, 256, seed=0, windows=some),
+        "balanced": lambda: Balanced(indices, labels, 256, seed=0, windows=some),
+        "patient": lambda: Patient(indices, labels, groups, 256, positive=1, seed=0, windows=some),
+    }
+    tracemalloc.start()
+    try:
+        sampler = make[name]()
+        for epoch in range(3):
+            sampler.batch(epoch, 0)
+            sampler.batch(epoch, sampler.steps - 1)
+        assert tracemalloc.get_traced_memory()[1] < 40 * count
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("windows", [None, WINDOWS])
+def test_negatives_of_every_second_row_are_the_patients_own(windows: Windows | None) -> None:
+    sampler = Patient(INDICES, LABELS, GROUPS, BATCH, positive=1, seed=0, windows=windows)
     own = {g: set(INDICES[(GROUPS[INDICES] == g) & (LABELS[INDICES] == 0)]) for g in range(40)}
     offered, seen = Counter[int](), set()
-    plain = epochs(SAMPLERS["balanced"](0), 6).reshape(-1, 2)
+    plain = epochs(Balanced(INDICES, LABELS, BATCH, seed=0, windows=windows), 6).reshape(-1, 2)
     for number, (negative, positive) in enumerate(epochs(sampler, 6).reshape(-1, 2)):
         assert (LABELS[negative], LABELS[positive]) == (0, 1)
         assert positive == plain[number, 1]
