@@ -6,7 +6,7 @@ and explained without loading torch or DALI.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -19,6 +19,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Range = tuple[Positive, Positive]
 RGB = tuple[float, float, float]
+Dtype = Literal["float32", "float16", "bfloat16"]
 Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 _WHOLE = re.compile(r"([-+]?\d+)\.0*")
 _NAME = re.compile(r"[A-Za-z0-9-]{1,30}")
@@ -227,9 +228,28 @@ class Pack(Source):
         }
 
 
+_COLOURS = ("brightness", "contrast", "saturation", "hue")
+_NO_AUGMENTATION: dict[str, Any] = {
+    "symmetries": False,
+    "scale": (1, 1),
+    **dict.fromkeys(("rotation", "shift", *_COLOURS, "blur", "cutout", "jpeg"), 0),
+}
+AUGMENT_PRESETS: dict[str, dict[str, Any]] = {
+    "dermoscopy": {},  # the defaults of the fields
+    "reference": _NO_AUGMENTATION
+    | {"symmetries": True, "rotation": 30}
+    | dict(zip(_COLOURS, (0.2, 0.2, 0.2, 18), strict=True)),
+    "none": _NO_AUGMENTATION,
+}
+
+
 class Augment(Section):
     """Strength of each augmentation; zero is off."""
 
+    preset: Literal["dermoscopy", "reference", "none"] = "dermoscopy"
+    """Where the values not given come from: `dermoscopy`, the defaults shown here; `reference`, the published
+    recipe (no scale, no shift, hue 18); `none`, all off. A run's own config.yaml gives every value, so there
+    another preset changes nothing."""
     symmetries: bool = True
     """Flips and quarter turns: the 8 symmetries of the square, each as likely."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 30
@@ -246,6 +266,24 @@ class Augment(Section):
     """Factor drawn from 1 ± this."""
     hue: Annotated[float, Field(ge=0, le=180)] = 10
     """Rotation about the grey axis drawn from ± this many degrees."""
+    blur: Annotated[float, Field(ge=0, le=5)] = 0
+    """Gaussian blur: the largest sigma, in pixels of what the encoder sees."""
+    cutout: Share = 0
+    """A square filled with `loader.mean`: its largest side, as a share of the image's."""
+    jpeg: Annotated[float, Field(ge=0, le=99)] = 0
+    """JPEG artefacts, as if saved once more: quality drawn from 100 down to 100 − this."""
+    occasional: Share = 0.2
+    """Probability that an image gets `blur`; and so, each by itself, `cutout` and `jpeg`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_of_the_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("preset")
+        filled = (AUGMENT_PRESETS.get(name, {}) if isinstance(name, str) else {}) | given
+        # Past this point pydantic no longer knows that a list comes from JSON, which has no tuples.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in filled.items()}
 
 
 class Loader(Section):
@@ -273,6 +311,10 @@ class Loader(Section):
     """Mean of each channel, of pixels scaled to 0..1."""
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     """Standard deviation of each channel, of pixels scaled to 0..1."""
+    dtype: Dtype = "float32"
+    """Type of the images; half types halve the memory traffic."""
+    channels_last: bool = False
+    """Memory order of the images: channels side by side, which convolutions like, instead of planes."""
     augment: Augment = Augment()
     """Augmentation of the training split; other splits see none."""
     threads: CountOrAuto = 0

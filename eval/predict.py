@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 from tqdm import tqdm
 
 from configs.errors import UserError
@@ -66,7 +65,7 @@ def predict(run: Path, images: Sequence[Path], *, progress: bool = True) -> list
     for start in tqdm(range(0, len(files), BATCH), desc="predict", unit="batch", disable=not progress):
         (batch,) = pipeline.run()
         with torch.inference_mode():
-            out = encoder(torch.utils.dlpack.from_dlpack(batch.as_tensor())).cpu().numpy()
+            out = encoder(graph.tensor(batch)).cpu().numpy()
         vectors[start : start + BATCH] = out[: len(files) - start]
     probabilities = verdict.probabilities(vectors)
     called = decide(probabilities, verdict.positive, verdict.threshold)
@@ -144,4 +143,4 @@ class _Feed:
         plan = augment.identity(BATCH)
         sizes = np.array([(image.width, image.height) for image in chosen])
         data = [np.frombuffer(image.jpeg, np.uint8) for image in chosen]
-        return data, plan.matrices(sizes[:, 0], sizes[:, 1], self._size), np.ascontiguousarray(plan.colour)
+        return data, *plan.parameters(sizes[:, 0], sizes[:, 1], self._size)

@@ -117,6 +117,9 @@ def _contestants(
             std=settings.std,
             threads=threads,
             prefetch=settings.prefetch,
+            augmentation=settings.augment,
+            dtype=settings.dtype,
+            channels_last=settings.channels_last,
             one_pass=False,
         )
         contestants["moleprint, DALI operators"] = _runs(operators)
@@ -137,8 +140,7 @@ def _inputs(
         epoch, step = divmod(next(steps), sampler.steps)
         data, index = source.fetch(sampler.batch(epoch, step))
         plan = augment.draw(settings.augment, len(index), seed=seed, epoch=epoch, step=step)
-        matrices = plan.matrices(shards.widths[index], shards.heights[index], settings.size)
-        return data, matrices, np.ascontiguousarray(plan.colour)
+        return data, *plan.parameters(shards.widths[index], shards.heights[index], settings.size)
 
     return inputs
 

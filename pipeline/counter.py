@@ -12,6 +12,9 @@ class Purpose(IntEnum):
     OWN_PATIENT = 2
     AUGMENT = 3
     MINING = 4
+    BLUR = 5
+    CUTOUT = 6
+    JPEG = 7
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, step: int = 0) -> np.random.Generator:

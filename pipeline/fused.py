@@ -1,14 +1,16 @@
-"""Warp, colour, clamp, normalise and HWC -> CHW in one pass over the pixels, compiled by numba.
+"""Warp, colour, clamp, normalise, layout and type in one pass over the pixels, compiled by numba.
 
 On a CPU the separate operators cost several times what decoding does, because each reads and writes the
-whole image; here a pixel is sampled, multiplied and stored while it is in a register. The compiled kernel is
-cached beside this file, so only the first run on a machine waits for it.
+whole image; here a pixel is sampled, multiplied and stored while it is in a register. Blur and cutout follow
+at once for the images that drew them, before the next image is begun. The compiled kernels are cached beside
+this file, so only the first run on a machine waits for them.
 """
 
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types as nb
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -16,10 +18,33 @@ from numpy.typing import NDArray
 from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 
+from configs.schema import Dtype
+
+# Neither numba nor DALI's operator for it has half types on a CPU: an integer type says whose bits they are.
+STORED: dict[Dtype, type[np.generic]] = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _stored(typing_context: Any, value: Any, out: Any) -> Any:
+    """A float32 as `out`, an array of a type in `STORED`, holds it: the nearest, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, short, word = arguments[0], ir.IntType(16), ir.IntType(32)
+        if out.dtype == nb.float32:
+            return number
+        if out.dtype == nb.uint16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), short)
+        bits = builder.bitcast(number, word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
+        return builder.trunc(builder.lshr(rounded, word(16)), short)
+
+    return out.dtype(nb.float32, out), generate
+
 
 @numba.njit(cache=True, fastmath=True, boundscheck=False)  # type: ignore[untyped-decorator]
 def warp_colour_normalise(
-    out: NDArray[np.float32],
+    out: NDArray[Any],
     image: NDArray[np.uint8],
     matrix: NDArray[np.float32],
     colour: NDArray[np.float32],
@@ -28,7 +53,7 @@ def warp_colour_normalise(
     """Fill `out` (3, H, W) from `image` (h, w, 3).
 
     Args:
-        out: written in place.
+        out: written in place, in any memory layout, of a type in `STORED`.
         image: RGB.
         matrix: (2, 3), output position -> source position, pixel centres at +0.5; bilinear, edges repeated.
         colour: (3, 4), RGB in 0..255 -> RGB, then clamped to 0..255.
@@ -62,9 +87,70 @@ def warp_colour_normalise(
             g += w10 * image[y1, x0, 1] + w11 * image[y1, x1, 1]
             v = w00 * image[y0, x0, 2] + w01 * image[y0, x1, 2]
             v += w10 * image[y1, x0, 2] + w11 * image[y1, x1, 2]
-            out[0, y, x] = min(max(m00 * r + m01 * g + m02 * v + m03, zero), full) * s0 + o0
-            out[1, y, x] = min(max(m10 * r + m11 * g + m12 * v + m13, zero), full) * s1 + o1
-            out[2, y, x] = min(max(m20 * r + m21 * g + m22 * v + m23, zero), full) * s2 + o2
+            out[0, y, x] = _stored(min(max(m00 * r + m01 * g + m02 * v + m03, zero), full) * s0 + o0, out)
+            out[1, y, x] = _stored(min(max(m10 * r + m11 * g + m12 * v + m13, zero), full) * s1 + o1, out)
+            out[2, y, x] = _stored(min(max(m20 * r + m21 * g + m22 * v + m23, zero), full) * s2 + o2, out)
+
+
+@numba.njit(cache=True, fastmath=True, boundscheck=False)  # type: ignore[untyped-decorator]
+def blur(out: NDArray[Any], sharp: NDArray[np.float32], sigma: float) -> None:
+    """Fill `out` (3, H, W) with `sharp` (3, H, W) under a Gaussian; edges mirrored, not repeated.
+
+    Args:
+        sigma: pixels, above 0; the kernel ends at 3 sigma, before the image's side.
+    """
+    height, width = sharp.shape[1], sharp.shape[2]
+    radius = int(np.ceil(3 * sigma))
+    weights = np.empty(2 * radius + 1, np.float32)
+    for k in range(2 * radius + 1):
+        weights[k] = np.exp(-0.5 * ((k - radius) / sigma) ** 2)
+    weights /= weights.sum()
+    padded = np.empty(width + 2 * radius, np.float32)
+    across = np.empty((height, width), np.float32)
+    row = np.empty(width, np.float32)
+    for channel in range(3):
+        for y in range(height):
+            padded[radius : radius + width] = sharp[channel, y]
+            for x in range(radius):
+                padded[x] = sharp[channel, y, radius - x]
+                padded[radius + width + x] = sharp[channel, y, width - 2 - x]
+            across[y] = 0
+            for k in range(2 * radius + 1):
+                for x in range(width):
+                    across[y, x] += weights[k] * padded[x + k]
+        for y in range(height):
+            row[:] = 0
+            for k in range(2 * radius + 1):
+                source = abs(y + k - radius)
+                source = min(source, 2 * (height - 1) - source)
+                for x in range(width):
+                    row[x] += weights[k] * across[source, x]
+            for x in range(width):
+                out[channel, y, x] = _stored(row[x], out)
+
+
+@numba.njit(cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
+def augment(
+    out: NDArray[Any],
+    image: NDArray[np.uint8],
+    matrix: NDArray[np.float32],
+    colour: NDArray[np.float32],
+    flaws: NDArray[np.float32],
+    normal: NDArray[np.float32],
+) -> None:
+    """`warp_colour_normalise`, then blur and cutout as `flaws` (6,) says (`Plan.parameters`)."""
+    sigma = flaws[1]
+    if sigma > 0:
+        sharp = np.empty(out.shape, np.float32)
+        warp_colour_normalise(sharp, image, matrix, colour, normal)
+        blur(out, sharp, sigma)
+    else:
+        warp_colour_normalise(out, image, matrix, colour, normal)
+    left, top, right, bottom = int(flaws[2]), int(flaws[3]), int(flaws[4]), int(flaws[5])
+    for channel in range(3):
+        for y in range(top, bottom):
+            for x in range(left, right):
+                out[channel, y, x] = 0  # zero is all bits zero in every type
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -82,33 +168,43 @@ _RUN = nb.void(*[nb.uint64, nb.uint64, nb.uint64, nb.int32] * 2)
 _SETUP = nb.void(nb.uint64, nb.uint64, nb.int32, nb.uint64, nb.uint64, nb.int32, nb.int32)
 
 
-@numba.cfunc(_RUN, cache=True)
-def _run(outs, out_shapes, _out_ndims, _n_out, ins, in_shapes, _in_ndims, _n_in):  # type: ignore[no-untyped-def]
-    out, out_shape = (
-        numba.carray(_pointer(outs), 1, np.uint64),
-        numba.carray(_pointer(out_shapes), 1, np.uint64),
-    )
-    data, in_shape = (
-        numba.carray(_pointer(ins), 4, np.uint64),
-        numba.carray(_pointer(in_shapes), 4, np.uint64),
-    )
-    _, height, width = numba.carray(_pointer(out_shape[0]), 3, np.int64)
-    source_height, source_width, _ = numba.carray(_pointer(in_shape[0]), 3, np.int64)
-    warp_colour_normalise(
-        numba.carray(_pointer(out[0]), (3, height, width), np.float32),
-        numba.carray(_pointer(data[0]), (source_height, source_width, 3), np.uint8),
+@numba.njit(cache=True)
+def _augment_into(out, ins, in_shapes):  # type: ignore[no-untyped-def]
+    data = numba.carray(_pointer(ins), 5, np.uint64)
+    shapes = numba.carray(_pointer(in_shapes), 5, np.uint64)
+    height, width, _ = numba.carray(_pointer(shapes[0]), 3, np.int64)
+    augment(
+        out,
+        numba.carray(_pointer(data[0]), (height, width, 3), np.uint8),
         numba.carray(_pointer(data[1]), (2, 3), np.float32),
         numba.carray(_pointer(data[2]), (3, 4), np.float32),
-        numba.carray(_pointer(data[3]), (3, 2), np.float32),
+        numba.carray(_pointer(data[3]), 6, np.float32),
+        numba.carray(_pointer(data[4]), (3, 2), np.float32),
     )
 
 
-def _setup(size: int) -> Any:
+# What numba caches of an inner function is kept apart by the plain values that it closes over.
+def _run(stored: type[np.generic], channels_last: bool) -> Any:
+    @numba.cfunc(_RUN, cache=True)
+    def run(outs, out_shapes, _out_ndims, _n_out, ins, in_shapes, _in_ndims, _n_in):  # type: ignore[no-untyped-def]
+        (address,) = numba.carray(_pointer(outs), 1, np.uint64)
+        (shape,) = numba.carray(_pointer(out_shapes), 1, np.uint64)
+        first, second, third = numba.carray(_pointer(shape), 3, np.int64)
+        out = numba.carray(_pointer(address), (first, second, third), stored)
+        if channels_last:
+            _augment_into(out.transpose(2, 0, 1), ins, in_shapes)
+        else:
+            _augment_into(out, ins, in_shapes)
+
+    return run
+
+
+def _setup(first: int, second: int, third: int) -> Any:
     @numba.cfunc(_SETUP, cache=True)
     def setup(out_shapes, _out_ndims, _n_out, _in_shapes, _in_ndims, _n_in, samples):  # type: ignore[no-untyped-def]
         for address in numba.carray(_pointer(out_shapes), samples, np.uint64):
             shape = numba.carray(_pointer(address), 3, np.int64)
-            shape[0], shape[1], shape[2] = 3, size, size
+            shape[0], shape[1], shape[2] = first, second, third
 
     return setup
 
@@ -120,14 +216,18 @@ class FusedPass(NumbaFunction):  # type: ignore[misc]
     seconds each time; here it is handed the addresses of functions that numba has cached on disk.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, dtype: Dtype, *, channels_last: bool) -> None:
+        shape = (size, size, 3) if channels_last else (3, size, size)
+        self._functions = (
+            _run(STORED[dtype], channels_last),
+            _setup(*shape),
+        )  # kept alive as long as the operator
         super().__init__(
-            run_fn=_run,
-            setup_fn=_setup,
-            in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT],
-            ins_ndim=[3, 2, 2, 2],
-            out_types=[types.FLOAT],
+            run_fn=self._functions[0],
+            setup_fn=self._functions[1],
+            in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT],
+            ins_ndim=[3, 2, 2, 1, 2],
+            out_types=[types.FLOAT if dtype == "float32" else types.INT16],
             outs_ndim=[3],
         )
 
@@ -135,5 +235,4 @@ class FusedPass(NumbaFunction):  # type: ignore[misc]
         return int(run_fn.address)
 
     def _get_setup_fn_cpu(self, setup_fn: Any) -> int:
-        self._setup_function = setup_fn(self._size)  # kept alive as long as the operator
-        return int(self._setup_function.address)
+        return int(setup_fn.address)

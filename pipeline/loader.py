@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 
 from configs.errors import UserError
 from configs.schema import Augment
@@ -32,7 +31,7 @@ class Batch:
     """One rank's share of a global batch, on the device."""
 
     images: torch.Tensor
-    """(batch, 3, size, size) float32, normalised."""
+    """(batch, 3, size, size), normalised; type and memory order as `loader.dtype` and `channels_last` say."""
     labels: torch.Tensor
     """(batch,) int64 class indices."""
     groups: torch.Tensor
@@ -74,6 +73,7 @@ class Loader:
         self.steps, self.world_size = sampler.steps, world_size
         self._shards, self._sampler, self._size = shards, sampler, settings.size
         self._augmentation, self._seed, self._device = augmentation, seed, device
+        self._dtype, self._channels_last = settings.dtype, settings.channels_last
         self._slots = rank_slice(sampler.batch(0, 0), rank, world_size)
         self._done = self._asked = start
         self._ahead: deque[tuple[Indices, Indices]] = deque()
@@ -85,6 +85,9 @@ class Loader:
             std=settings.std,
             threads=threads,
             prefetch=settings.prefetch,
+            augmentation=augmentation,
+            dtype=settings.dtype,
+            channels_last=settings.channels_last,
             gpu=device.index if device.type == "cuda" else None,
         )
 
@@ -109,8 +112,7 @@ class Loader:
         data, index = self.source.fetch(np.where(wanted == PADDING, first, wanted))
         self._asked += 1
         self._ahead.append((index, np.where(wanted == PADDING, PADDING, index)))
-        matrices = plan.matrices(self._shards.widths[index], self._shards.heights[index], self._size)
-        return data, matrices, np.ascontiguousarray(plan.colour)
+        return data, *plan.parameters(self._shards.widths[index], self._shards.heights[index], self._size)
 
     def _next(self) -> Batch:
         (images,) = self._pipeline.run()  # an error in `_inputs` comes out of here as it is
@@ -118,7 +120,7 @@ class Loader:
         self._done += 1
         return Batch(
             # DALI's tensor owns its memory until this view of it is gone: no copy is needed.
-            images=torch.utils.dlpack.from_dlpack(images.as_tensor()),
+            images=graph.tensor(images, self._dtype, channels_last=self._channels_last),
             labels=self._to_device(self._shards.labels[shown]),
             groups=self._to_device(self._shards.groups[shown]),
             index=self._to_device(index),

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from configs.errors import UserError
 from configs.load import dump, fields, load, section_of
-from configs.schema import Experiment
+from configs.schema import Augment, Experiment
 
 
 @pytest.fixture
@@ -65,6 +65,16 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
         ("loader: {augment: {scale: [1]}}", "loader.augment.scale.1: field required"),
         ("pack: {ratios: {train: 0.5}}", "pack.ratios: train + val + test must be 1, found 0.8"),
         (
+            "loader: {augment: {preset: strong}}",
+            "loader.augment.preset: input should be 'dermoscopy', 'reference' or 'none', found \"strong\"",
+        ),
+        ("loader: {augment: {preset: [none]}}", "'reference' or 'none', found [\"none\"]"),
+        ("loader: {augment: {preset: none, scale: 2}}", "loader.augment.scale: input should be a valid"),
+        ("loader: {augment: {preset: none, jpg: 2}}", "unknown key loader.augment.jpg; did you mean"),
+        ("loader: {augment: {blur: 9}}", "loader.augment.blur: input should be less than or equal to 5"),
+        ("loader: {augment: none}", 'loader.augment: input should be an object, found "none"'),
+        ("loader: {dtype: float64}", "'float32', 'float16' or 'bfloat16', found \"float64\""),
+        (
             "pack: {classes: {a: [1], b: [1]}}",
             "pack: classes: the label values ['1'] belong to more than one",
         ),
@@ -108,6 +118,19 @@ def test_overrides_win_and_falsy_values_are_values(written: Any) -> None:
     assert (experiment.loader.augment.hue, experiment.loader.augment.shift) == (0, 0.1)
     assert (experiment.tracking.tags, experiment.tracking.name) == (("a", "b"), None)
     assert (experiment.pack.undersample, experiment.pack.positive) == (False, "")
+
+
+def test_a_preset_gives_the_values_that_are_not_given(written: Any) -> None:
+    default, published = written("").loader.augment, written("loader: {augment: {preset: reference}}")
+    assert written("loader: {augment: {preset: dermoscopy}}").loader.augment == default
+    assert (default.blur, default.cutout, default.jpeg) == (0, 0, 0)
+    reference = published.loader.augment
+    assert (reference.scale, reference.shift, reference.hue) == ((1, 1), 0, 18)
+    off = written("loader: {augment: {rotation: 20, hue: 3}}", "loader.augment.preset=none").loader.augment
+    assert (off.rotation, off.hue, off.scale, off.symmetries) == (20, 3, (1, 1), False)
+    assert not any(getattr(off, name) for name in ("shift", "brightness", "contrast", "saturation"))
+    assert written(dump(published)) == published
+    assert Augment(preset="none", scale=(0.5, 2)).scale == (0.5, 2)
 
 
 def test_null_leaves_an_optional_section_out(written: Any) -> None:

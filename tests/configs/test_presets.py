@@ -43,7 +43,8 @@ def test_the_reference_is_the_published_recipe() -> None:
     assert e.loader.mean == e.loader.std == (0.5, 0.5, 0.5)
     augment = e.loader.augment
     assert augment.symmetries and augment.rotation > 0
-    assert min(augment.brightness, augment.contrast, augment.saturation, augment.hue) > 0
+    assert (augment.rotation, augment.scale, augment.shift, augment.hue) == (30, (1, 1), 0, 18)
+    assert (augment.brightness, augment.contrast, augment.saturation) == (0.2, 0.2, 0.2)
     assert (e.model.backbone, e.model.embedding_dim) == ("resnet50", 512)
     assert (e.loss.mining, e.loss.triplet, e.loss.classification) == ("random", 1, 0)
     assert (e.train.epochs, e.classifier.epochs) == (100, 80)

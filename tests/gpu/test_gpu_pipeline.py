@@ -1,9 +1,14 @@
 """Batches on a GPU are those of the CPU, and stay whole while the GPU lags behind."""
 
+import io
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from configs.schema import Augment
 from configs.schema import Loader as Settings
 from pipeline import augment, graph
 from pipeline.loader import Batch, Loader, training_sampler
@@ -28,13 +33,20 @@ def loader(shards: ShardSet, device: torch.device) -> Loader:
     )
 
 
-def grey_levels(shards: ShardSet, *, gpu: int | None, one_pass: bool) -> np.ndarray:
+FLAWED = Augment(jpeg=60, blur=2, cutout=0.5, occasional=0.5)
+
+
+def grey_levels(
+    shards: ShardSet, settings: Augment, *, gpu: int | None, decoded: bool = False, **options: Any
+) -> np.ndarray:
     """The training images, augmented, out of the graph: (n, 3, size, size) in 0..255."""
     index = shards.split("train")
     data, _ = Source(shards, max_bad=0).fetch(index)
-    plan = augment.draw(SETTINGS.augment, len(index), seed=0, epoch=0, step=0)
-    matrices = plan.matrices(shards.widths[index], shards.heights[index], SIZE)
-    inputs = data, matrices, np.ascontiguousarray(plan.colour)
+    if decoded:
+        data = [np.array(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")) for jpeg in data]
+    plan = augment.draw(settings, len(index), seed=0, epoch=0, step=0)
+    inputs = data, *plan.parameters(shards.widths[index], shards.heights[index], SIZE)
+    layout = {name: options[name] for name in ("dtype", "channels_last") if name in options}
     pipeline = graph.build(
         lambda: inputs,
         batch=len(index),
@@ -44,21 +56,43 @@ def grey_levels(shards: ShardSet, *, gpu: int | None, one_pass: bool) -> np.ndar
         threads=2,
         prefetch=1,
         gpu=gpu,
-        one_pass=one_pass,
+        augmentation=settings,
+        decoded=decoded,
+        **options,
     )
     (images,) = pipeline.run()
-    return torch.utils.dlpack.from_dlpack(images.as_tensor()).cpu().numpy() * 255
+    tensor = graph.tensor(images, **layout)
+    order = torch.channels_last if options.get("channels_last") else torch.contiguous_format
+    assert tensor.dtype == getattr(torch, options.get("dtype", "float32"))
+    assert tensor.is_contiguous(memory_format=order)
+    return tensor.float().cpu().numpy() * 255
 
 
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("flawed", [False, True])
 def test_the_graph_of_operators_gives_the_pixels_of_the_fused_pass(
-    tiny_shards: ShardSet, device: torch.device
+    tiny_shards: ShardSet, device: torch.device, flawed: bool, decoded: bool
 ) -> None:
-    fused = grey_levels(tiny_shards, gpu=None, one_pass=True)
-    operators = grey_levels(tiny_shards, gpu=device.index, one_pass=False)
+    settings = FLAWED if flawed else SETTINGS.augment
+    fused = grey_levels(tiny_shards, settings, gpu=None, one_pass=True)
+    operators = grey_levels(tiny_shards, settings, gpu=device.index, one_pass=False, decoded=decoded)
     difference = np.abs(operators - fused).mean((1, 2, 3))
-    # Decoders round their own way, and the operators round to whole grey levels in between.
-    assert difference.max() < 1, difference
+    # Decoders round their own way, and the operators round to whole grey levels in between. A GPU's JPEG
+    # artefacts are not libjpeg's to the bit, which few images may show.
+    assert np.median(difference) < 1 and difference.max() < (3 if flawed else 1), difference
     assert np.abs(np.roll(fused, 1, axis=0) - fused).mean() > 10, "the images do differ from each other"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_types_and_memory_orders_hold_the_same_pixels(
+    tiny_shards: ShardSet, device: torch.device, dtype: str, channels_last: bool
+) -> None:
+    options: dict[str, Any] = {"gpu": device.index, "one_pass": False}
+    plain = grey_levels(tiny_shards, FLAWED, **options)
+    images = grey_levels(tiny_shards, FLAWED, **options, dtype=dtype, channels_last=channels_last)
+    step = 255 * torch.finfo(getattr(torch, dtype)).eps
+    np.testing.assert_allclose(images, plain, rtol=0, atol=step)
 
 
 def test_labels_and_index_are_those_of_the_cpu(tiny_shards: ShardSet, device: torch.device) -> None:

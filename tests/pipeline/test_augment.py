@@ -1,5 +1,7 @@
 """Augmentation parameters: drawn again exactly, off at zero, inside their ranges."""
 
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,10 @@ OFF: dict[str, Any] = {
     "contrast": 0,
     "saturation": 0,
     "hue": 0,
+    "blur": 0,
+    "cutout": 0,
+    "jpeg": 0,
+    "occasional": 1,
 }
 ON: dict[str, Any] = {
     "symmetries": True,
@@ -27,9 +33,18 @@ ON: dict[str, Any] = {
     "contrast": 0.4,
     "saturation": 0.5,
     "hue": 20,
+    "blur": 2,
+    "cutout": 0.5,
+    "jpeg": 60,
 }
 MANY = 4000
-PARTS = {"linear": ["symmetries", "rotation", "scale"], "shift": ["shift"], "colour": list(ON)[4:]}
+PARTS = {
+    "linear": ["symmetries", "rotation", "scale"],
+    "shift": ["shift"],
+    "colour": ["brightness", "contrast", "saturation", "hue"],
+    "flaws": ["blur", "cutout", "jpeg"],
+}
+FLAWS = {"jpeg": [0], "blur": [1], "cutout": [2, 3, 4]}  # columns
 
 
 def only(*names: str, batch: int = MANY) -> Plan:
@@ -38,8 +53,8 @@ def only(*names: str, batch: int = MANY) -> Plan:
 
 
 def arrays(plan: Plan) -> list[np.ndarray]:
-    """The plan's three arrays."""
-    return [plan.linear, plan.shift, plan.colour]
+    """The plan's arrays."""
+    return [plan.linear, plan.shift, plan.colour, plan.flaws]
 
 
 def same(one: Plan, other: Plan) -> bool:
@@ -54,6 +69,17 @@ def test_a_plan_is_drawn_again_exactly_and_differs_elsewhere() -> None:
     for i, (seed, epoch, step) in reversed(list(enumerate(places))):
         again = draw(settings, 8, seed=seed, epoch=epoch, step=step)
         assert [j for j, plan in enumerate(plans) if same(plan, again)] == [i]
+
+
+def test_what_was_drawn_before_there_were_flaws_is_drawn_still() -> None:
+    """Figures were published, and trainings begun, with these draws: no new augmentation may change them."""
+    digest = hashlib.sha256()
+    for settings in (Augment(), Augment(rotation=180), Augment(preset="reference"), Augment(**ON)):
+        for epoch, step in ((0, 0), (3, 7)):
+            plan = draw(settings, 64, seed=11, epoch=epoch, step=step)
+            for part in (plan.linear, plan.shift, plan.colour):
+                digest.update(part.tobytes())
+    assert digest.hexdigest() == "ed7b5586b381cfa4c85be6adb5f0812847abd73afc4e75e918a9c4b7bbdf0125"
 
 
 def test_rows_of_a_batch_differ() -> None:
@@ -87,6 +113,39 @@ def test_switching_one_off_leaves_the_others_as_they_were(name: str) -> None:
     for part, names in PARTS.items():
         if name not in names:
             assert np.array_equal(getattr(only(*others), part), getattr(only(*ON), part))
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_switching_a_flaw_off_leaves_the_others_as_they_were(name: str) -> None:
+    others, columns = only(*[other for other in ON if other != name]).flaws, FLAWS[name]
+    assert not others[:, columns].any()
+    np.testing.assert_array_equal(
+        np.delete(others, columns, axis=1), np.delete(only(*ON).flaws, columns, axis=1)
+    )
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 1])
+def test_a_flaw_falls_to_its_share_of_the_images_each_by_itself(share: float) -> None:
+    settings = Augment(preset="none", blur=2, cutout=0.5, jpeg=60, occasional=share)
+    flaws = draw(settings, MANY, seed=5, epoch=1, step=2).flaws
+    drew = np.stack([flaws[:, columns[-1]] > 0 for columns in FLAWS.values()])
+    np.testing.assert_allclose(drew.mean(axis=1), share, atol=0.02)
+    np.testing.assert_allclose((drew[0] & drew[1]).mean(), share**2, atol=0.02)
+
+
+def test_flaws_fill_their_ranges() -> None:
+    flaws = only("blur", "cutout", "jpeg").flaws
+    assert fills(flaws[:, 0], 40, 100) and np.array_equal(flaws[:, 0], flaws[:, 0].round())
+    assert fills(flaws[:, 1], 0, 2) and fills(flaws[:, 4], 0, 0.5)
+    assert fills(flaws[:, 2], 0, 1) and fills(flaws[:, 3], 0, 1)
+    worst = draw(Augment(jpeg=99, occasional=1), MANY, seed=0, epoch=0, step=0).flaws
+    assert worst[:, 0].min() == 1, "no JPEG has a quality of 0"
+
+
+def test_the_square_cut_out_keeps_inside_the_image() -> None:
+    flaws = np.array([[0, 0, 0.5, 0.25, 0.5], [50, 1, 0, 1, 0.5], [0, 0, 0.4, 0.4, 0]], np.float32)
+    *_, pixels = replace(identity(3), flaws=flaws).parameters(np.full(3, 90), np.full(3, 70), 32)
+    np.testing.assert_array_equal(pixels, [[0, 0, 8, 0, 24, 16], [50, 1, 0, 24, 8, 32], [0, 0, 0, 0, 0, 0]])
 
 
 def fills(values: np.ndarray, low: float, high: float) -> bool:
@@ -159,7 +218,7 @@ def test_identity_maps_the_corners_to_those_of_the_central_square(width: int, he
 
 
 def test_a_shift_is_in_shares_of_the_short_side() -> None:
-    plan = Plan(identity(1).linear, np.array([[0.25, -0.5]], np.float32), identity(1).colour)
+    plan = replace(identity(1), shift=np.array([[0.25, -0.5]], np.float32))
     args = np.array([100]), np.array([60]), 32
     np.testing.assert_allclose(
         plan.matrices(*args)[0, :, 2] - identity(1).matrices(*args)[0, :, 2], [15, -30], atol=1e-4

@@ -1,9 +1,12 @@
 """The DALI graph against a loop over pixels, PIL, and DALI's own operators."""
 
 import io
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.schema import Augment
@@ -38,25 +41,37 @@ HEIGHTS, WIDTHS = np.array(SHAPES).T
 STRONG = Augment(
     rotation=180, scale=(0.6, 1.6), shift=0.1, brightness=0.3, contrast=0.3, saturation=0.4, hue=25
 )
+FLAWED = STRONG.model_copy(update={"jpeg": 60, "blur": 2, "cutout": 0.5, "occasional": 0.6})
 
 
-def run(plan: augment.Plan, jpegs: list[np.ndarray], *, one_pass: bool, size: int = SIZE) -> np.ndarray:
-    """Images (batch, 3, size, size) out of the graph, as grey levels 0..255."""
+def run(
+    plan: augment.Plan, jpegs: list[np.ndarray], *, size: int = SIZE, decode: bool = True, **options: Any
+) -> torch.Tensor:
+    """What the graph makes of images: (batch, 3, size, size), normalised."""
     shapes = np.array([decoded(data).shape for data in jpegs])
-    matrices = plan.matrices(shapes[:, 1], shapes[:, 0], size)
+    given = jpegs if decode else [decoded(data) for data in jpegs]
+    inputs = given, *plan.parameters(shapes[:, 1], shapes[:, 0], size)
+    layout = {name: options[name] for name in ("dtype", "channels_last") if name in options}
     pipeline = graph.build(
-        lambda: (jpegs, matrices, np.ascontiguousarray(plan.colour)),
+        lambda: inputs,
         batch=len(jpegs),
         size=size,
         mean=MEAN,
         std=STD,
         threads=1,
         prefetch=1,
-        one_pass=one_pass,
+        decoded=not decode,
+        **options,
     )
     (images,) = pipeline.run()
+    return graph.tensor(images, **layout).clone()
+
+
+def grey_levels(plan: augment.Plan, jpegs: list[np.ndarray], **options: Any) -> np.ndarray:
+    """Images (batch, 3, size, size) out of the graph, as grey levels 0..255."""
     mean, std = np.array(MEAN)[:, None, None], np.array(STD)[:, None, None]
-    return (np.asarray(images.as_tensor()) * std + mean) * 255
+    levels: np.ndarray = (run(plan, jpegs, **options).double().numpy() * std + mean) * 255
+    return levels
 
 
 def slow(image: np.ndarray, matrix: np.ndarray, colour: np.ndarray, size: int) -> np.ndarray:
@@ -79,7 +94,7 @@ def slow(image: np.ndarray, matrix: np.ndarray, colour: np.ndarray, size: int) -
 @pytest.mark.parametrize("step", range(3))
 def test_the_fused_pass_equals_a_loop_over_pixels(step: int) -> None:
     plan = augment.draw(STRONG, len(JPEGS), seed=0, epoch=0, step=step)
-    images = run(plan, JPEGS, one_pass=True)
+    images = grey_levels(plan, JPEGS, one_pass=True)
     matrices = plan.matrices(WIDTHS, HEIGHTS, SIZE)
     for i, data in enumerate(JPEGS):
         expected = slow(decoded(data), matrices[i], plan.colour[i], SIZE)
@@ -89,7 +104,7 @@ def test_the_fused_pass_equals_a_loop_over_pixels(step: int) -> None:
 def test_the_fused_pass_equals_dalis_operators() -> None:
     for step in range(4):
         plan = augment.draw(STRONG, len(JPEGS), seed=1, epoch=0, step=step)
-        fused, separate = run(plan, JPEGS, one_pass=True), run(plan, JPEGS, one_pass=False)
+        fused, separate = grey_levels(plan, JPEGS, one_pass=True), grey_levels(plan, JPEGS, one_pass=False)
         difference = np.abs(fused - separate).mean((1, 2, 3))
         assert difference.max() < 1, difference  # the operators round to whole grey levels twice
         assert np.ptp(fused, axis=0).mean() > 20  # the pictures do differ
@@ -98,7 +113,7 @@ def test_the_fused_pass_equals_dalis_operators() -> None:
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_identity_is_the_central_square_as_pil_decodes_it(one_pass: bool) -> None:
     square = [data for data, shape in zip(JPEGS, SHAPES, strict=True) if min(shape) == SIZE]
-    images = run(augment.identity(len(square)), square, one_pass=one_pass)
+    images = grey_levels(augment.identity(len(square)), square, one_pass=one_pass)
     assert len(square) == 2
     for image, data in zip(images, square, strict=True):
         pixels = decoded(data)
@@ -106,9 +121,54 @@ def test_identity_is_the_central_square_as_pil_decodes_it(one_pass: bool) -> Non
         np.testing.assert_allclose(image.transpose(1, 2, 0), pixels[:, left : left + SIZE], atol=1e-3)
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("flawed", [False, True])
+def test_decoded_images_give_the_same_batch_to_the_byte(one_pass: bool, flawed: bool) -> None:
+    settings = FLAWED if flawed else STRONG
+    plan = augment.draw(settings, len(JPEGS), seed=3, epoch=0, step=0)
+    options: dict[str, Any] = {"one_pass": one_pass, "augmentation": settings}
+    assert torch.equal(run(plan, JPEGS, decode=False, **options), run(plan, JPEGS, **options))
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_types_and_memory_orders_hold_the_same_pixels(
+    one_pass: bool, channels_last: bool, dtype: Literal["float32", "float16", "bfloat16"]
+) -> None:
+    plan = augment.draw(FLAWED, len(JPEGS), seed=2, epoch=0, step=0)
+    options: dict[str, Any] = {"one_pass": one_pass, "augmentation": FLAWED}
+    plain = run(plan, JPEGS, **options)
+    images = run(plan, JPEGS, **options, dtype=dtype, channels_last=channels_last)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    assert images.dtype == getattr(torch, dtype) and images.is_contiguous(memory_format=order)
+    # The compiler may order a sum otherwise, so that one rounding in thousands falls to the other side.
+    step = torch.finfo(images.dtype).eps * plain.abs().clamp(min=1)
+    assert ((images.float() - plain).abs() <= step).all()
+    assert (images == plain.to(images.dtype)).float().mean() > 0.999
+
+
+def test_images_are_a_view_of_what_dali_made() -> None:
+    inputs = JPEGS[:1], *augment.identity(1).parameters(WIDTHS[:1], HEIGHTS[:1], SIZE)
+    for dtype in ("float32", "float16", "bfloat16"):
+        pipeline = graph.build(
+            lambda: inputs,
+            batch=1,
+            size=SIZE,
+            mean=MEAN,
+            std=STD,
+            threads=1,
+            prefetch=1,
+            dtype=dtype,
+            channels_last=True,
+        )
+        (images,) = pipeline.run()
+        assert graph.tensor(images, dtype, channels_last=True).data_ptr() == images.as_tensor().data_ptr()
+
+
 def test_a_grey_jpeg_becomes_rgb() -> None:
     data = encoded(picture(SIZE, SIZE, 9)[..., 0])
-    (image,) = run(augment.identity(1), [data], one_pass=True)
+    (image,) = grey_levels(augment.identity(1), [data], one_pass=True)
     np.testing.assert_allclose(image.transpose(1, 2, 0), decoded(data), atol=1e-3)
 
 
@@ -131,10 +191,8 @@ def test_symmetries_are_those_of_the_square() -> None:
 
 
 def test_the_image_far_outside_repeats_its_edge() -> None:
-    plan = augment.Plan(
-        augment.identity(1).linear, np.array([[9.0, 0]], np.float32), augment.identity(1).colour
-    )
+    plan = replace(augment.identity(1), shift=np.array([[9.0, 0]], np.float32))
     for one_pass in (True, False):
-        (image,) = run(plan, JPEGS[:1], one_pass=one_pass)
+        (image,) = grey_levels(plan, JPEGS[:1], one_pass=one_pass)
         edge = decoded(JPEGS[0])[:, -1].T[:, :, None]
         np.testing.assert_allclose(image, np.broadcast_to(edge, image.shape), atol=1e-2)
