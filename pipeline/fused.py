@@ -6,6 +6,7 @@ at once for the images that drew them, before the next image is begun. The compi
 this file, so only the first run on a machine waits for them.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -100,27 +101,32 @@ def blur(out: NDArray[Any], sharp: NDArray[np.float32], sigma: float) -> None:
         sigma: pixels, above 0; the kernel ends at 3 sigma, before the image's side.
     """
     height, width = sharp.shape[1], sharp.shape[2]
-    radius = int(np.ceil(3 * sigma))
-    weights = np.empty(2 * radius + 1, np.float32)
-    for k in range(2 * radius + 1):
-        weights[k] = np.exp(-0.5 * ((k - radius) / sigma) ** 2)
-    weights /= weights.sum()
+    radius = math.ceil(3 * sigma)
+    taps = 2 * radius + 1
+    # Plain loops: array expressions take numba seconds to compile.
+    weights = np.empty(taps, np.float32)
+    total = 0.0
+    for k in range(taps):
+        total += math.exp(-0.5 * ((k - radius) / sigma) ** 2)
+    for k in range(taps):
+        weights[k] = math.exp(-0.5 * ((k - radius) / sigma) ** 2) / total
     padded = np.empty(width + 2 * radius, np.float32)
     across = np.empty((height, width), np.float32)
     row = np.empty(width, np.float32)
     for channel in range(3):
         for y in range(height):
-            padded[radius : radius + width] = sharp[channel, y]
-            for x in range(radius):
-                padded[x] = sharp[channel, y, radius - x]
-                padded[radius + width + x] = sharp[channel, y, width - 2 - x]
-            across[y] = 0
-            for k in range(2 * radius + 1):
+            for x in range(width + 2 * radius):
+                source = abs(x - radius)
+                padded[x] = sharp[channel, y, min(source, 2 * (width - 1) - source)]
+            for x in range(width):
+                across[y, x] = 0
+            for k in range(taps):
                 for x in range(width):
                     across[y, x] += weights[k] * padded[x + k]
         for y in range(height):
-            row[:] = 0
-            for k in range(2 * radius + 1):
+            for x in range(width):
+                row[x] = 0
+            for k in range(taps):
                 source = abs(y + k - radius)
                 source = min(source, 2 * (height - 1) - source)
                 for x in range(width):
@@ -172,10 +178,10 @@ _SETUP = nb.void(nb.uint64, nb.uint64, nb.int32, nb.uint64, nb.uint64, nb.int32,
 def _augment_into(out, ins, in_shapes):  # type: ignore[no-untyped-def]
     data = numba.carray(_pointer(ins), 5, np.uint64)
     shapes = numba.carray(_pointer(in_shapes), 5, np.uint64)
-    height, width, _ = numba.carray(_pointer(shapes[0]), 3, np.int64)
+    shape = numba.carray(_pointer(shapes[0]), 3, np.int64)
     augment(
         out,
-        numba.carray(_pointer(data[0]), (height, width, 3), np.uint8),
+        numba.carray(_pointer(data[0]), (shape[0], shape[1], 3), np.uint8),
         numba.carray(_pointer(data[1]), (2, 3), np.float32),
         numba.carray(_pointer(data[2]), (3, 4), np.float32),
         numba.carray(_pointer(data[3]), 6, np.float32),
@@ -187,10 +193,9 @@ def _augment_into(out, ins, in_shapes):  # type: ignore[no-untyped-def]
 def _run(stored: type[np.generic], channels_last: bool) -> Any:
     @numba.cfunc(_RUN, cache=True)
     def run(outs, out_shapes, _out_ndims, _n_out, ins, in_shapes, _in_ndims, _n_in):  # type: ignore[no-untyped-def]
-        (address,) = numba.carray(_pointer(outs), 1, np.uint64)
-        (shape,) = numba.carray(_pointer(out_shapes), 1, np.uint64)
-        first, second, third = numba.carray(_pointer(shape), 3, np.int64)
-        out = numba.carray(_pointer(address), (first, second, third), stored)
+        address = numba.carray(_pointer(outs), 1, np.uint64)[0]
+        shape = numba.carray(_pointer(numba.carray(_pointer(out_shapes), 1, np.uint64)[0]), 3, np.int64)
+        out = numba.carray(_pointer(address), (shape[0], shape[1], shape[2]), stored)
         if channels_last:
             _augment_into(out.transpose(2, 0, 1), ins, in_shapes)
         else:

@@ -23,6 +23,8 @@ class Encoder(nn.Module):
         self.backbone.fc = nn.Linear(self.backbone.fc.in_features, embedding_dim)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(images.device.type):
+            images = images.float()  # the loader may give half types, which then fit no weights
         return F.normalize(self.backbone(images).float(), dim=1)
 
     def save(self, path: Path) -> None:

@@ -94,6 +94,28 @@ def test_a_batch_is_what_it_says(reference: list[Batch], tiny_shards: ShardSet) 
     assert not torch.equal(reference[0].images, reference[4].images)
 
 
+@pytest.mark.parametrize("flaw", ["blur", "cutout", "jpeg"])
+def test_flaws_of_the_configuration_reach_the_images(
+    flaw: str, reference: list[Batch], tiny_shards: ShardSet
+) -> None:
+    strong = {"blur": 4, "cutout": 0.8, "jpeg": 90}[flaw]
+    augment = SETTINGS.augment.model_copy(update={flaw: strong, "occasional": 0.5})
+    (batch,) = take(training(tiny_shards, settings=SETTINGS.model_copy(update={"augment": augment})), 1)
+    touched = (batch.images != reference[0].images).flatten(1).any(1)
+    assert 0 < touched.sum() < BATCH, "some images, and the others are those drawn without it"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_images_are_of_the_type_and_order_asked_for(
+    dtype: str, reference: list[Batch], tiny_shards: ShardSet
+) -> None:
+    settings = SETTINGS.model_copy(update={"dtype": dtype, "channels_last": True})
+    (batch,) = take(training(tiny_shards, settings=settings), 1)
+    assert batch.images.dtype == getattr(torch, dtype)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batch.images.float(), reference[0].images, atol=0.005, rtol=0)
+
+
 @pytest.mark.parametrize("start", range(1, 10))
 def test_resuming_at_any_step_goes_on_with_the_same_batches(
     start: int, reference: list[Batch], tiny_shards: ShardSet

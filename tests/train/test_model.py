@@ -37,6 +37,15 @@ def test_embeddings_are_unit_vectors(encoder: Encoder) -> None:
     assert (half - vectors).norm(dim=1).max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_images_of_half_types_are_taken(encoder: Encoder, dtype: torch.dtype, autocast: bool) -> None:
+    images = torch.randn(3, 3, 40, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        half = encoder(images.to(dtype))
+    assert (half - encoder(images)).norm(dim=1).max() < 0.05
+
+
 def test_weights_are_a_function_of_the_seed_alone(encoder: Encoder) -> None:
     before = torch.get_rng_state()
     torch.manual_seed(99)
