@@ -12,8 +12,14 @@ from configs.schema import Experiment
 from shards.files import atomic
 
 # What may change between the parts of one run: none of it changes the result.
-FREE = {
-    "loader": {"threads", "prefetch", "max_bad"},
+FREE: dict[str, Any] = {
+    "loader": {
+        "threads": True,
+        "prefetch": True,
+        "max_bad": True,
+        "channels_last": True,  # training brings images into that order anyway
+        "augment": {"preset"},  # its values count, wherever they come from
+    },
     "train": {"processes", "checkpoint_every", "keep", "compile"},
 }
 
@@ -61,10 +67,11 @@ def load(folder: Path, fingerprint: str, *, say: bool = True) -> tuple[Progress,
             if say:
                 print(f"{path}: damaged checkpoint passed over ({type(error).__name__})", flush=True)
             continue
-        if made_by != fingerprint:
+        old, new = completed(json.loads(made_by)), json.loads(fingerprint)
+        if old != new:
             raise UserError(
                 f"{folder}: holds checkpoints of another configuration, differing in "
-                f"{_difference(made_by, fingerprint)}; choose another run.folder, or remove that one"
+                f"{_difference(old, new)}; choose another run.folder, or remove that one"
             )
         return progress, state
     if paths:
@@ -81,9 +88,18 @@ def fingerprint(experiment: Experiment, shards_sha256: str) -> str:
     return json.dumps({**parts, "shards": {"sha256": shards_sha256}}, sort_keys=True)
 
 
-def _difference(old: str, new: str) -> str:
-    a, b = json.loads(old), json.loads(new)
-    keys = [f"{s}.{k}" for s in b for k in b[s] if a.get(s, {}).get(k) != b[s][k]]
+def completed(made_by: dict[str, Any]) -> dict[str, Any]:
+    """What an older version recorded, and the defaults of fields it did not know, which change nothing."""
+    return _filled(made_by, json.loads(fingerprint(Experiment(), "")))
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _filled(v, defaults.get(k, {})) for k, v in given.items() if isinstance(v, dict)}
+    return defaults | given | nested
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [f"{s}.{k}" for s in new for k in new[s] if old.get(s, {}).get(k) != new[s][k]]
     return ", ".join(keys) or "keys this version does not know"
 
 

@@ -61,7 +61,8 @@ def finished(experiment: Experiment) -> bool:
     except (UserError, OSError):
         return False
     made_from = json.loads(checkpoint.fingerprint(experiment, shards.sha256))
-    return bool(about["made_from"] == made_from and about["encoder_sha256"] == weights)
+    same = checkpoint.completed(about["made_from"]) == made_from
+    return bool(same and about["encoder_sha256"] == weights)
 
 
 def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:

@@ -1,5 +1,6 @@
 """Checkpoints appear whole, a damaged newest one is passed over, another configuration's are refused."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,27 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, checkpoint.fingerprint(Experiment(), "abd"))
 
 
+def test_fields_that_came_later_do_not_stop_a_run(tmp_path: Path) -> None:
+    """A run begun before a field existed goes on with its default, and is refused any other value."""
+    older = json.loads(FINGERPRINT)
+    del older["loader"]["dtype"], older["loader"]["augment"]["blur"]
+    checkpoint.save(tmp_path, json.dumps(older), Progress(3), {}, keep=1)
+    assert loaded(tmp_path)[0].step == 3
+    assert checkpoint.completed(older) == json.loads(FINGERPRINT)
+    other = Experiment(loader={"augment": {"blur": 1}})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"differing in loader\.augment; choose"):
+        checkpoint.load(tmp_path, checkpoint.fingerprint(other, "abc"))
+
+
+def test_where_the_values_come_from_does_not_matter() -> None:
+    given, preset = (
+        Experiment(loader={"augment": values})  # type: ignore[arg-type]
+        for values in ({"scale": (1, 1), "shift": 0, "hue": 18}, {"preset": "reference"})
+    )
+    one, other = (json.loads(checkpoint.fingerprint(e, "abc")) for e in (given, preset))
+    assert one == other != json.loads(FINGERPRINT)
+
+
 def changed(section: str, key: str) -> Experiment:
     """The default experiment with one value changed, validity aside."""
     part = getattr(Experiment(), section)
@@ -104,6 +126,6 @@ def test_what_changes_the_result_changes_the_fingerprint_and_nothing_else_does()
         if checkpoint.fingerprint(changed(section, key), "abc") != FINGERPRINT
     }
     encoders = {"loader", "model", "loss", "train"}
-    free = {f"{section}.{key}" for section, names in FREE.items() for key in names}
+    free = {f"{section}.{key}" for section, names in FREE.items() for key in names if key != "augment"}
     assert deciding == {f"{s}.{k}" for s, k in keys if s in encoders} - free
     assert {"loader.threads", "train.processes"} <= free
