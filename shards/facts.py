@@ -79,10 +79,10 @@ def _groups(shards: ShardSet) -> str:
 
 def _sources(shards: ShardSet) -> str:
     """Empty if there is one."""
-    counted = shards.samples["source"].value_counts().to_pylist()
-    if len(counted) < 2:
+    per_source = shards.samples["source"].value_counts().to_pylist()
+    if len(per_source) < 2:
         return ""
-    ranked = sorted(counted, key=lambda one: (-one["counts"], one["values"]))
+    ranked = sorted(per_source, key=lambda one: (-one["counts"], one["values"]))
     return few([f"{one['values']} {_of(one['counts'], len(shards))}" for one in ranked], MOST_SOURCES)
 
 

@@ -98,10 +98,11 @@ def plan_bands(shards: ShardSet, *, columns: int, rows: int, tile: int) -> tuple
 
     Rows are given up first, down to one a band, then whole splits from the last, then classes.
     """
+    inside = {part: np.asarray(pc.equal(shards.samples["split"], part)) for part in shards.parts}
     members = {
-        (part, label): np.flatnonzero(np.asarray(pc.equal(shards.samples["split"], part)) & of_class)
+        (part, label): np.flatnonzero(inside[part] & (shards.labels == label))
         for part in shards.parts
-        for label, of_class in enumerate(shards.labels == n for n in range(len(shards.classes)))
+        for label in range(len(shards.classes))
     }
 
     def height(of: Sequence[tuple[str, int]], rows: int) -> int:
@@ -124,7 +125,7 @@ def plan_bands(shards: ShardSet, *, columns: int, rows: int, tile: int) -> tuple
         bands.append(Band(caption, label == shards.positive, evenly(mine, room * columns)))
     remarks = []
     if room < rows:
-        remarks.append(f"{counted(room, 'row')} a band instead of {rows}, for {len(members)} bands are many")
+        remarks.append(f"{counted(room, 'row')} a band instead of {rows}: there are {len(members)} bands")
     if left := [band for band in members if band not in kept]:
         names = [f"{part} · {shards.classes[label]}" for part, label in left if part in parts]
         remarks.append(f"not shown: {few([*names, *shards.parts[len(parts) :]], MOST_SOURCES)}")
@@ -150,9 +151,7 @@ def make_tile(data: bytes, crc32: int, side: int) -> Image.Image | None:
     try:
         with Image.open(BytesIO(data)) as image:
             width, height = image.size
-            image.draft(
-                "RGB", (2 * side, 2 * side)
-            )  # large photographs are decoded at a fraction of their size
+            image.draft("RGB", (2 * side, 2 * side))  # decodes a large one at a fraction of its size
             scale = side / max(width, height)
             fitted = (max(round(width * scale), 1), max(round(height * scale), 1))
             small = image.convert("RGB").resize(fitted, Image.Resampling.LANCZOS)
@@ -243,7 +242,7 @@ def _plain(text: str) -> str:
 
 def _wrapped(text: str, font: Font, width: int) -> list[str]:
     lines = [""]
-    for word in map(str.strip, _plain(text).split()):
+    for word in _plain(text).split():
         longer = f"{lines[-1]} {word}".lstrip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

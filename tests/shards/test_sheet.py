@@ -1,6 +1,7 @@
 """A set at a glance: its facts in words, and each split and class as tiles that show what was packed."""
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ def test_the_facts_are_those_of_the_set(tiny_shards: ShardSet) -> None:
     assert f"{len(tars)} tars" in said["files"]
     sizes = tiny_shards.sizes
     assert all(f"{n:,}" in said["image"] for n in (sizes.min(), sizes.max()))
-    assert str(np.bincount(tiny_shards.groups).max()) in said["group"]
+    assert f"{sum(tars) / 1e6:,.1f} MB" in said["files"]
+    images = np.bincount(tiny_shards.groups)
+    classes = [len(set(tiny_shards.labels[tiny_shards.groups == group])) for group in range(len(images))]
+    assert f"median {np.median(images):g} images, at most {images.max()};" in said["group"]
+    assert f"{sum(n > 1 for n in classes)} of {len(images)} groups" in said["group"]
+    assert f"width {tiny_shards.widths.min()} to {tiny_shards.widths.max()}" in " ".join(lines)
+    blank = sum(not sex for sex in tiny_shards.samples["sex"].to_pylist()) / len(tiny_shards)
+    assert f"sex {blank:.1%}" in said["metadata"]
     assert "0 exact" in said["duplicates"] and "0 images" in said["rejected"]
     assert "sex" in said["metadata"] and "notice" not in said
     assert max(map(len, lines)) <= 100
@@ -72,8 +80,6 @@ def jpeg(size: tuple[int, int]) -> bytes:
 
 @pytest.mark.parametrize("size", [(400, 200), (90, 300), (20, 20), (3000, 1)])
 def test_tiles_are_letterboxed_not_stretched(size: tuple[int, int]) -> None:
-    import zlib
-
     data = jpeg(size)
     tile = make_tile(data, zlib.crc32(data), 60)
     assert tile is not None and tile.size == (60, 60)
@@ -82,12 +88,14 @@ def test_tiles_are_letterboxed_not_stretched(size: tuple[int, int]) -> None:
     scale = 60 / max(size)
     assert (width, height) == (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
     assert abs(red.any(axis=1).argmax() - (60 - height) // 2) <= 1
+    assert abs(red.any(axis=0).argmax() - (60 - width) // 2) <= 1
 
 
 def test_damaged_images_get_a_tile_that_says_so(tiny_shards: ShardSet, tmp_path: Path) -> None:
     data, crc32 = stored(tiny_shards, 0)
     assert make_tile(data, crc32 + 1, 64) is None
-    assert make_tile(b"no image", 0xDEADBEEF, 64) is None
+    for cut in (b"", b"no image", data[:100], data[: len(data) // 2]):  # the checksum is right
+        assert make_tile(cut, zlib.crc32(cut), 64) is None
     gone = ShardSet(tmp_path, tiny_shards.manifest, tiny_shards.samples, tiny_shards.sha256)
     contact_sheet(gone, tmp_path / "sheet.png")
     pink = (np.asarray(Image.open(tmp_path / "sheet.png")) == (250, 226, 226)).all(axis=2)
