@@ -40,8 +40,12 @@ def new_folder(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
+def atomic(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
     """Open `path` for writing; it appears under its name only when the block ends without an error.
+
+    Args:
+        flush: bring it to disk first, so that a power cut leaves no half under the name either. Without, its
+            reader must find that out.
 
     Raises:
         UserError: if it cannot be written.
@@ -53,8 +57,9 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         try:
             with os.fdopen(handle, "wb", buffering=_BUFFER) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                if flush:
+                    file.flush()
+                    os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
@@ -64,9 +69,9 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    with atomic(path) as file:
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Write UTF-8 text atomically, `flush` as for `atomic`."""
+    with atomic(path, flush=flush) as file:
         file.write(text.encode())
 
 

@@ -69,7 +69,7 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
         rejected = _rejected(settings, records, refs, facts, output)
         plan = make_plan(settings, records, facts)
         shards = _write(plan, settings, refs, facts, output, part, crew, progress)
-        _finish(settings, records, plan, facts, shards, rejected, output)
+        _once(output, lambda: _conclude(settings, records, plan, facts, shards, rejected, output))
     return output.manifest()
 
 
@@ -223,16 +223,8 @@ def _samples_of(
     return samples
 
 
-def _finish(
-    settings: Pack,
-    records: Records,
-    plan: Plan,
-    facts: Sequence[Fact],
-    shards: Sequence[Shard],
-    rejected: pa.Table,
-    output: Output,
-) -> None:
-    """Write the tables and, last, the manifest. One packer does; the others wait until it has."""
+def _once(output: Output, conclude: Callable[[], None]) -> None:
+    """Let one packer conclude the set; the others wait until it has."""
     while not output.packed():
         handle = lock(output.work / "finish.lock")
         if handle is None:
@@ -240,7 +232,7 @@ def _finish(
             continue
         try:
             if not output.packed():
-                _conclude(settings, records, plan, facts, shards, rejected, output)
+                conclude()
         finally:
             os.close(handle)
 
@@ -254,6 +246,7 @@ def _conclude(
     rejected: pa.Table,
     output: Output,
 ) -> None:
+    """Write the tables and, last, the manifest."""
     samples = samples_table(settings, plan, facts, shards)
     files = {name: about for shard in shards for name, about in shard.files.items()}
 

@@ -72,7 +72,7 @@ def digest(refs: Sequence[Ref], settings: Encode, hashed: bool) -> str:
 
 
 def found(folder: Path, number: int, expected: str) -> Chunk | None:
-    """A chunk that an earlier run left, if it is the one expected."""
+    """A chunk that an earlier run left, if it is the one expected and whole: nothing forced it to disk."""
     data, listing = chunk_paths(folder, number)
     try:
         said = json.loads(listing.read_text(encoding="utf-8"))
@@ -81,8 +81,9 @@ def found(folder: Path, number: int, expected: str) -> Chunk | None:
         facts = [Fact(*fact) for fact in said["facts"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    needs = max((fact.offset + fact.size for fact in facts if fact.encoded), default=0)
-    if needs and (not data.is_file() or data.stat().st_size != needs):
+    encoded = [fact for fact in facts if fact.encoded]
+    held = data.read_bytes() if encoded and data.is_file() else b""
+    if any(zlib.crc32(held[fact.offset : fact.offset + fact.size]) != fact.crc32 for fact in encoded):
         return None
     return Chunk(number, expected, facts)
 
@@ -99,11 +100,12 @@ def scan(
         UserError: if the chunk cannot be written. A bad image is no error: its fact says why it is bad.
     """
     data, listing = chunk_paths(folder, number)
-    with atomic(data) as file:
+    # Not forced to disk, which would cost a tenth of the time: `found` looks before it believes.
+    with atomic(data, flush=False) as file:
         facts = [_fact(ref, settings, hashed, file) for ref in refs]
     if not any(fact.encoded for fact in facts):
         data.unlink()
-    write_text(listing, json.dumps({"digest": expected, "facts": facts}))
+    write_text(listing, json.dumps({"digest": expected, "facts": facts}), flush=False)
     return Chunk(number, expected, facts)
 
 

@@ -169,6 +169,28 @@ def test_only_what_changed_is_looked_at_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "shards"]
 
 
+def test_chunks_that_a_power_cut_left_empty_are_made_again(
+    tiny_pack: Pack, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names reach the disk before contents may: zeros, or nothing, under a chunk's name."""
+    monkeypatch.setattr("shards.pack.CHUNK", 8)
+    settings = changed(tiny_pack, output=tmp_path / "shards", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.pack._write", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pack(settings, progress=False)
+    chunks = sorted((tmp_path / ".shards.partial").glob("chunk-*.bin"))
+    assert len(chunks) == 15
+    chunks[0].write_bytes(bytes(chunks[0].stat().st_size))
+    chunks[1].write_bytes(b"")
+    chunks[2].unlink()
+    chunks[3].with_suffix(".json").write_bytes(bytes(100))
+    seen = count_scans(monkeypatch)
+    pack(settings, progress=False)
+    assert len(seen) == 4 * 8
+    assert contents(tmp_path / "shards") == whole
+
+
 def test_an_image_that_changes_between_the_passes_is_noticed(
     tiny_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
