@@ -124,15 +124,13 @@ class Source(Section):
     one_hot: bool = False
     """The values in `classes` are not of `label_column` but names of columns; the one that holds 1 counts."""
     classes: dict[str, tuple[str | int, ...]] = {"benign": (0,), "melanoma": (1,)}
-    """Class name -> the label column's values that mean it; `"*"` means all others. Their order is the class
-    index."""
+    """Class name -> the label column's values that mean it; `"*"` means all others. The order of
+    `pack.classes` is the class index; a source may name some of them, in any order."""
     duplicates: Path | None = None
     """CSV with two columns of image ids, listed as duplicates of each other (ISIC 2020 has one)."""
 
     @model_validator(mode="after")
     def _classes_make_sense(self) -> "Source":
-        if len(self.classes) < 2:
-            raise ValueError(f"classes: at least two are needed, found {list(self.classes)}")
         values = [canonical(v) for given in self.classes.values() for v in given]
         twice = sorted({v for v in values if values.count(v) > 1})
         if twice:
@@ -194,6 +192,8 @@ class Pack(Source):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Pack":
+        if len(self.classes) < 2:
+            raise ValueError(f"classes: at least two are needed, found {list(self.classes)}")
         if self.positive and self.positive not in self.classes:
             raise ValueError(f"positive: '{self.positive}' is none of the classes {list(self.classes)}")
         if self.folds and self.folds < 3:

@@ -20,6 +20,10 @@ _KEY = re.compile(r"(?:(?![./\\])[!-~]){1,90}")
 """Printable ASCII without dot, space and slash, short enough for a member's name in a USTAR header."""
 
 
+Classes = dict[int, tuple[str | int, ...]]
+"""Class index -> the values, or columns, that mean it."""
+
+
 @dataclass(frozen=True)
 class Records:
     """N images of one or more tables, in their order."""
@@ -62,7 +66,8 @@ def read(settings: Pack) -> Records:
         UserError: for a table that cannot be read, a missing column, a row without id or group, an id given
             twice or unfit for a key, a label that belongs to no class, a class without an image.
     """
-    parts = [_read(name, source) for name, source in settings.each_source.items()]
+    index = {label: number for number, label in enumerate(settings.classes)}
+    parts = [_read(name, source, index) for name, source in settings.each_source.items()]
     tables = pa.concat_tables([part.metadata for part in parts], promote_options="default")
     columns = {name: typed(tables[name].combine_chunks()) for name in tables.column_names}
     records = Records(
@@ -106,8 +111,8 @@ def table_of(source: Source) -> pa.Table:
     return table
 
 
-def _read(name: str, source: Source) -> Records:
-    """The records of one source, metadata still as text."""
+def _read(name: str, source: Source, index: dict[str, int]) -> Records:
+    """The records of one source, metadata still as text. `index`: of every class of the set."""
     path = source.table or source.images
     table = table_of(source)
     require(table, path, source.id_column, "pack.id_column")
@@ -121,7 +126,8 @@ def _read(name: str, source: Source) -> Records:
     )
     lesion = source.lesion_column
     lesions = texts(table, lesion) if lesion in table.column_names else [""] * len(ids)
-    labels = _one_hot(source, path, ids, table) if source.one_hot else _labels(source, path, ids, table)
+    own = {index[label]: values for label, values in source.classes.items()}
+    labels = _one_hot(own, path, ids, table) if source.one_hot else _labels(source, own, path, ids, table)
     labelled = {source.label_column, source.lesion_column}
     others = [
         n for n in table.column_names if n and n not in {source.id_column, source.group_column} - labelled
@@ -183,13 +189,13 @@ def _ids(path: object, table: pa.Table, column: str) -> list[str]:
     return ids
 
 
-def _labels(source: Source, path: object, ids: Sequence[str], table: pa.Table) -> NDArray[np.int64]:
+def _labels(
+    source: Source, classes: Classes, path: object, ids: Sequence[str], table: pa.Table
+) -> NDArray[np.int64]:
     """Class indices (N,) from the label column."""
     column = source.label_column
     require(table, path, column, "pack.label_column")
-    meaning = {
-        canonical(value): index for index, values in enumerate(source.classes.values()) for value in values
-    }
+    meaning = {canonical(value): index for index, values in classes.items() for value in values}
     rest = meaning.pop("*", None)
     values = [canonical(text) for text in texts(table, column)]
     refuse = [n for n, value in enumerate(values) if value not in meaning and (rest is None or not value)]
@@ -202,10 +208,10 @@ def _labels(source: Source, path: object, ids: Sequence[str], table: pa.Table) -
     return np.array([meaning.get(value, rest) for value in values], dtype=np.int64)
 
 
-def _one_hot(source: Source, path: object, ids: Sequence[str], table: pa.Table) -> NDArray[np.int64]:
+def _one_hot(classes: Classes, path: object, ids: Sequence[str], table: pa.Table) -> NDArray[np.int64]:
     """Class indices (N,) from the columns that `classes` names: exactly one of them must be 1 in each row."""
     index, hot = [], []
-    for number, columns in enumerate(source.classes.values()):
+    for number, columns in classes.items():
         for column in map(str, columns):
             require(table, path, column, "pack.classes")
             index.append(number)

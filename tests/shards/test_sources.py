@@ -377,3 +377,33 @@ def test_another_metadata_table_is_another_set(tiny_pack: Pack, tmp_path: Path) 
         check_made_by(shards.manifest, settings, shards.folder)
     with pytest.raises(UserError, match="more_tables are 0, were 1"):
         check_made_by(shards.manifest, tiny_pack, shards.folder)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_a_sources_own_order_of_classes_changes_no_label(
+    one_hot: bool, tiny_pack: Pack, tmp_path: Path
+) -> None:
+    """The class index is that of pack.classes, whatever order, or part of them, a source names."""
+    rows = csv.read_csv(tiny_pack.table).to_pylist()
+    lines = ["isic_id,patient_id,target,NV,MEL"]
+    lines += [
+        f"{row['isic_id']},{row['patient_id']},{'mel' if row['target'] else 'nv'},"
+        f"{1 - row['target']},{row['target']}"
+        for row in rows
+    ]
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    only = [lines[0], *(line for line in lines[1:] if ",mel," in line)]
+    (tmp_path / "melanomas.csv").write_text("\n".join(only) + "\n")
+    reversed_ = {"melanoma": ["MEL" if one_hot else "mel"], "benign": ["NV" if one_hot else "nv"]}
+    sources = {
+        "other": {"table": tmp_path / "table.csv", "one_hot": one_hot, "classes": reversed_},
+        "part": {
+            "table": tmp_path / "melanomas.csv",
+            "one_hot": one_hot,
+            "classes": {"melanoma": reversed_["melanoma"]},
+        },
+    }
+    records = read_records(Pack.model_validate(tiny_pack.model_dump() | {"sources": sources}))
+    of_source = {name: records.labels[records.sources == name].tolist() for name in sources}
+    assert of_source["other"] == [row["target"] for row in rows]
+    assert of_source["part"] == [1] * sum(row["target"] for row in rows)
