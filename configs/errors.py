@@ -7,6 +7,10 @@ class UserError(ValueError):
     one_rank = False
     """Whether a single rank meets it, so that it must be shown even where only rank 0 speaks."""
 
+    def spoken_by(self, local_rank: int) -> bool:
+        """Whether a rank tells it: one a host, as what is wrong on one host may be right on the others."""
+        return local_rank == 0 or self.one_rank
+
 
 class DamagedDataError(UserError):
     """A rank read damaged samples."""

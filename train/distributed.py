@@ -66,9 +66,11 @@ def world() -> Iterator[World]:
         )
     try:
         yield here
-    except UserError:
-        # Said before this process ends, which is what the others will notice.
-        store.set(_ENDED, str(rank))
+    except UserError as error:
+        if error.spoken_by(local):
+            # Noted before this process ends, which is what the others will notice.
+            with contextlib.suppress(RuntimeError):  # the store may have ended with another rank
+                store.set(_ENDED, str(rank))
         raise
     except RuntimeError as error:
         if _said(store, _ENDED):

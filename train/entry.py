@@ -28,8 +28,7 @@ def start(stage: Callable[[Experiment, World], None]) -> None:
         with world() as here:
             stage(experiment, here)
     except UserError as error:
-        # One rank a host speaks: what is wrong on one host may be right on the others.
-        if local_rank() == 0 or error.one_rank:
+        if error.spoken_by(local_rank()):
             where = f"rank {process_rank()}: " if process_rank() else ""
             for line in str(error).splitlines():
                 print(f"error: {where}{line}", file=sys.stderr, flush=True)

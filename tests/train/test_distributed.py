@@ -17,7 +17,7 @@ from test_resume import train_until
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.errors import UserError
+from configs.errors import DamagedDataError, UserError
 from configs.schema import Experiment, Loss
 from shards.shardset import ShardSet
 from train import encoder
@@ -243,3 +243,9 @@ def test_threads_are_shared_among_the_ranks_of_a_host() -> None:
     assert World(local_size=1).threads(0) == cores
     assert World(local_size=4 * cores).threads(0) == 1
     assert World(local_size=2).threads(7) == 7
+
+
+def test_a_rank_is_silent_only_where_another_speaks() -> None:
+    """Others end quietly after a rank that told why it ended; so it must be one that tells."""
+    assert UserError("of a host").spoken_by(0) and not UserError("of a host").spoken_by(1)
+    assert DamagedDataError("of one rank").spoken_by(1)
