@@ -16,7 +16,7 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from configs.schema import Augment, Dtype
 from pipeline.augment import Parameters
@@ -58,6 +58,10 @@ def build(
     wanted = 4 if one_pass or occasional else 3
     mean255, std255 = 255 * np.array(mean, np.float32), 255 * np.array(std, np.float32)
 
+    @do_not_convert  # type: ignore[untyped-decorator] # or conditionals rewrite all that the source calls
+    def inputs() -> Any:
+        return source()[:wanted]  # DALI warns of inputs that nothing reads
+
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=batch,
         num_threads=threads,
@@ -68,7 +72,7 @@ def build(
     )
     def graph() -> Any:
         given, matrix, colour, *rest = fn.external_source(
-            lambda: source()[:wanted],  # DALI warns of inputs that nothing reads
+            inputs,
             num_outputs=wanted,
             batch=True,
             dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT][:wanted],

@@ -181,6 +181,19 @@ def test_evaluation_images_do_not_depend_on_the_batch(tiny_shards: ShardSet) -> 
         assert torch.equal(batch.images, torch.cat([share.images for share in shares]))
 
 
+def test_a_damaged_sample_is_replaced_where_the_graph_has_conditionals(
+    reference: list[Batch], tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    """The source's own Python runs as it is written, also in a graph whose conditionals DALI rewrites."""
+    bad = int(reference[1].index[3])
+    shards = damage(tiny_shards, [bad], tmp_path / "damaged")
+    augment = SETTINGS.augment.model_copy(update={"jpeg": 50.0, "occasional": 0.5})
+    loader = training(shards, settings=SETTINGS.model_copy(update={"augment": augment}))
+    batches = take(loader, 3)
+    assert loader.source.substitutes == {bad: alike(tiny_shards, bad)[0]}
+    assert all(torch.isfinite(batch.images).all() for batch in batches)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_damaged_sample_is_replaced_and_counted(
     world: int, reference: list[Batch], tiny_shards: ShardSet, tmp_path: Path
