@@ -42,16 +42,8 @@ _END = b"\xff\xd9"  # the end-of-image marker; entropy-coded data never holds th
 _LUMA = 64  # smallest side of the grey image, pixels
 _MOST_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: no photograph is worth the memory
 _LONGEST = 65_500  # libjpeg's limit for a side, pixels
-_FORMATS = (
-    "PNG",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "GIF",
-    "PPM",
-    "JPEG2000",
-    "AVIF",
-)  # besides JPEG; none runs a program
+# Besides JPEG; none runs a program.
+_FORMATS = ("PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
 _ENDINGS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",

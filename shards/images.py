@@ -17,8 +17,6 @@ from configs.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Image files are known by these endings, in either case."""
-
-
 LARGEST = 1 << 29
 """Bytes of an encoded image, at most: an uncompressed one with as many pixels as are allowed fits."""
 

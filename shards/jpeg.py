@@ -3,11 +3,8 @@
 from typing import NamedTuple
 
 _SOS, _APP1, _APP2, _APP14 = 0xDA, 0xE1, 0xE2, 0xEE
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {
-    0xC4,
-    0xC8,
-    0xCC,
-}  # C4, C8, CC: Huffman tables, reserved, arithmetic
+# All but Huffman tables, a reserved marker, arithmetic conditioning.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SIGNATURE = b"\xff\xd8\xff"
 
 

@@ -25,8 +25,6 @@ from shards.shardset import MANIFEST, is_url
 
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 """Protocols under which a file appears only once it is there in full."""
-
-
 _PATIENCE = 10.0
 """Seconds that a part waits for the last one of a job before it, which is deleting the work."""
 
