@@ -320,9 +320,21 @@ class Loader(Section):
     threads: CountOrAuto = 0
     """DALI threads a rank; 0 shares the cores among the ranks of this host."""
     prefetch: Count = 2
-    """Batches prepared ahead."""
+    """Batches held ready ahead of the trainer; two more are in the making."""
     max_bad: Share = 0.01
-    """Share of the set's images that training may replace for failing their checksum; elsewhere none may."""
+    """Share of the set's images that training may replace for being damaged; elsewhere none may."""
+    read: Literal["auto", "mmap", "pread"] = "auto"
+    """How shards are read: mapped into memory, or by calls, several at a time; `auto` does the latter on
+    network mounts, where a failing map would kill the process."""
+    stage: Path | None = None
+    """Folder on this node's own disk that the shard set is copied to once, sums checked; needed for a set
+    at a URL, of use for one on a slow mount."""
+    cache: Literal["none", "host", "device", "auto"] = "none"
+    """Where decoded images are kept, so that later epochs need not decode: `host` is one copy in a node's
+    memory, shared by its ranks, decoded by the CPU; `auto` is `host` if training and validation images fit,
+    else `none`."""
+    cache_gigabytes: Positive = 8.0
+    """Memory that the cache may take on each node, gigabytes of 1e9 bytes."""
 
     @model_validator(mode="after")
     def _classes_to_compare(self) -> "Loader":

@@ -60,7 +60,8 @@ class ShardSet:
         """
         if is_url(place):
             raise UserError(
-                f"{place}: a set at a URL cannot be read in place; copy it to a local folder first"
+                f"{place}: a set at a URL cannot be read in place; copy it to a local folder first, or set "
+                "loader.stage to a folder that training copies it to"
             )
         folder = Path(place)
         path = folder / MANIFEST
@@ -100,8 +101,18 @@ class ShardSet:
 
     @classmethod
     def of(cls, experiment: Experiment) -> "ShardSet":
-        """Open an experiment's shard set, with the fold it asks for; raises UserError as `open` does."""
-        return cls.open(experiment.pack.output, experiment.loader.fold)
+        """Open an experiment's shard set, copied to this node first where `loader.stage` asks for it.
+
+        Raises:
+            UserError: as `open` does, or if the set cannot be copied.
+        """
+        place: Path | str = experiment.pack.output
+        stage = experiment.loader.stage
+        if stage is not None:
+            from shards.staging import staged  # it imports this module
+
+            place = staged(place, stage)
+        return cls.open(place, experiment.loader.fold)
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)

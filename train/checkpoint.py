@@ -17,6 +17,8 @@ FREE: dict[str, Any] = {
         "threads": True,
         "prefetch": True,
         "max_bad": True,
+        # On a GPU a cache means the CPU's decoder, which rounds differently; what it holds depends on memory.
+        **dict.fromkeys(("read", "stage", "cache", "cache_gigabytes"), True),
         "channels_last": True,  # training brings images into that order anyway
         "augment": {"preset"},  # its values count, wherever they come from
     },
