@@ -1,19 +1,16 @@
-"""Encoded bytes by sample index, straight from the memory-mapped shards, each checked against its CRC."""
+"""Encoded bytes by sample index, each checked against its CRC; damaged ones are replaced."""
 
-import mmap
 import sys
 import zlib
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from configs.errors import DamagedDataError
+from pipeline.reading import Bytes, reader
 from pipeline.sampler import Indices
 from shards.shardset import SPLITS, ShardSet
-
-Bytes = NDArray[np.uint8]
 
 
 class Source:
@@ -23,11 +20,17 @@ class Source:
     than `max_bad` of the set's samples are found damaged, the run ends.
     """
 
-    def __init__(self, shards: ShardSet, *, max_bad: float) -> None:
-        self._shards, self._allowed = shards, int(max_bad * len(shards.keys))
-        self._maps: dict[int, mmap.mmap] = {}
+    def __init__(self, shards: ShardSet, *, max_bad: float, read: str = "auto") -> None:
+        """
+        Args:
+            max_bad: share of the set's samples that may be replaced.
+            read: `mmap`, `pread`, or `auto`: as the place of the shards asks for.
+        """
+        self.shards, self._allowed = shards, int(max_bad * len(shards.keys))
+        self._reader = reader(shards.paths, read)
         self.substitutes: dict[int, int] = {}
         """Damaged index -> the index shown in its place."""
+        self._undecodable: set[int] = set()
 
     def fetch(self, indices: Indices) -> tuple[list[Bytes], Indices]:
         """Encoded bytes of each index, and the indices they really belong to, (n,).
@@ -35,54 +38,74 @@ class Source:
         Raises:
             DamagedDataError: if more samples are damaged than allowed.
         """
-        true = np.array([self.substitutes.get(int(i), int(i)) for i in indices], np.int64)
-        data = [self._bytes(int(i)) for i in true]
-        for slot, index in enumerate(true):
-            if not self._sound(int(index), data[slot]):
-                true[slot] = self._substitute(int(index))
-                data[slot] = self._bytes(int(true[slot]))
+        true = self.replaced(indices)
+        data = self._read(true)
+        for slot, (index, crc) in enumerate(
+            zip(true.tolist(), self.shards.crc32[true].tolist(), strict=True)
+        ):
+            if zlib.crc32(data[slot].data) != crc:
+                true[slot] = self._substitute(index)
+                (data[slot],) = self._read(true[slot : slot + 1])
         return data, true
 
-    def _bytes(self, index: int) -> Bytes:
-        shard = int(self._shards.shard[index])
-        if shard not in self._maps:
-            self._maps[shard] = _map(self._shards.paths[shard])
-        size, offset = int(self._shards.sizes[index]), int(self._shards.offsets[index])
-        return np.frombuffer(self._maps[shard], np.uint8, size, offset)
+    def replaced(self, indices: Indices) -> Indices:
+        """The indices (n,), those known to be damaged replaced."""
+        if not self.substitutes:
+            return np.array(indices, np.int64)
+        return np.array([self.substitutes.get(i, i) for i in indices.tolist()], np.int64)
 
-    def _sound(self, index: int, data: Bytes) -> bool:
-        return zlib.crc32(data.data) == int(self._shards.crc32[index])
+    def condemn(self, index: int) -> None:
+        """Replace a sample that cannot be decoded although its bytes are those that were packed.
+
+        Raises:
+            DamagedDataError: if more samples are damaged than allowed.
+        """
+        self._undecodable.add(index)
+        for damaged in [i for i, shown in self.substitutes.items() if shown == index]:
+            del self.substitutes[damaged]
+            self._substitute(damaged)
+        self._substitute(index)
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+        self._reader.close()
+
+    def _read(self, indices: Indices) -> list[Bytes]:
+        columns = (self.shards.shard, self.shards.offsets, self.shards.sizes)
+        return self._reader.read(list(zip(*(column[indices].tolist() for column in columns), strict=True)))
+
+    def _sound(self, index: int) -> bool:
+        if index in self._undecodable:
+            return False
+        (data,) = self._read(np.array([index]))
+        return zlib.crc32(data.data) == int(self.shards.crc32[index])
 
     def _substitute(self, index: int) -> int:
         if index in self.substitutes:  # twice in one batch
             return self.substitutes[index]
-        key, folder = self._shards.keys[index], self._shards.folder
+        key, folder = self.shards.keys[index], self.shards.folder
+        wrong = "cannot be decoded" if index in self._undecodable else "is damaged"
         if len(self.substitutes) >= self._allowed:
             raise DamagedDataError(
-                f"{folder}: sample {key} is damaged, and {len(self.substitutes)} others before it; allowed "
+                f"{folder}: sample {key} {wrong}, and {len(self.substitutes)} others before it; allowed "
                 f"are {self._allowed} (loader.max_bad); look with `moleprint verify`, then pack the set again"
             )
-        members = next(m for m in map(self._shards.split, SPLITS) if index in m)
-        alike = members[self._shards.labels[members] == self._shards.labels[index]]
-        for candidate in np.roll(alike, -int(np.searchsorted(alike, index)))[1:]:
-            if self._sound(int(candidate), self._bytes(int(candidate))):
-                self.substitutes[index] = int(candidate)
+        for candidate in self._alike(index):
+            if self._sound(candidate):
+                self.substitutes[index] = candidate
                 tqdm.write(
-                    f"{folder}: sample {key} is damaged, {self._shards.keys[candidate]} stands in for it; "
+                    f"{folder}: sample {key} {wrong}, {self.shards.keys[candidate]} stands in for it; "
                     "embedding will refuse the set, so look with `moleprint verify` now",
                     sys.stderr,
                 )
-                return int(candidate)
+                return candidate
         raise DamagedDataError(
             f"{folder}: sample {key} and all of its class and split are damaged; pack the set again"
         )
 
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DamagedDataError(
-            f"{path}: cannot be read ({error.strerror}); is the shard set complete?"
-        ) from None
+    def _alike(self, index: int) -> Sequence[int]:
+        """Indices of a sample's split and class, from the one after it on and round."""
+        members = next(m for m in map(self.shards.split, SPLITS) if index in m)
+        alike = members[self.shards.labels[members] == self.shards.labels[index]]
+        others: list[int] = np.roll(alike, -int(np.searchsorted(alike, index)))[1:].tolist()
+        return others

@@ -1,13 +1,18 @@
 """Bytes by index, checked; a damaged sample is replaced the same way everywhere, and counted."""
 
+import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import DamagedDataError, UserError
 from pipeline.source import Source
+from shards.files import sha256
 from shards.shardset import ShardSet
 
 
@@ -19,6 +24,27 @@ def damage(shards: ShardSet, indices: list[int], copy: Path) -> ShardSet:
         data = bytearray(tar.read_bytes())
         data[int(shards.offsets[index] + shards.sizes[index] // 2)] ^= 1
         tar.write_bytes(data)
+    return ShardSet.open(copy)
+
+
+def spoil(shards: ShardSet, indices: list[int], copy: Path) -> ShardSet:
+    """A copy of a shard set whose packer took some samples that cannot be decoded: their sums are right."""
+    shutil.copytree(shards.folder, copy)
+    sums = shards.crc32.copy()
+    for index in indices:
+        tar, offset = copy / shards.paths[shards.shard[index]].name, int(shards.offsets[index])
+        data = bytearray(tar.read_bytes())
+        size = int(shards.sizes[index])
+        data[offset : offset + size] = bytes(reversed(data[offset : offset + size]))
+        tar.write_bytes(data)
+        sums[index] = zlib.crc32(data[offset : offset + size])
+    samples = pq.read_table(copy / "samples.parquet")
+    samples = samples.set_column(samples.column_names.index("crc32"), "crc32", pa.array(sums))
+    pq.write_table(samples, copy / "samples.parquet")
+    about = json.loads((copy / "dataset.json").read_text())
+    path = copy / "samples.parquet"
+    about["files"]["samples.parquet"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (copy / "dataset.json").write_text(json.dumps(about))
     return ShardSet.open(copy)
 
 
@@ -73,6 +99,26 @@ def test_more_damage_than_allowed_ends_it(tiny_shards: ShardSet, tmp_path: Path)
         source.fetch(np.array(bad))
     with pytest.raises(DamagedDataError, match=rf"sample {shards.keys[bad[0]]} is damaged"):
         Source(shards, max_bad=0).fetch(np.array(bad))
+
+
+def test_condemned_samples_are_replaced_in_any_order(tiny_shards: ShardSet, tmp_path: Path) -> None:
+    """A stand-in that proves to be no better is replaced too, so that the order of discovery is no matter."""
+    bad = int(tiny_shards.split("train")[3])
+    first, second, third = alike(tiny_shards, bad)[:3]
+    damaged = damage(tiny_shards, [second], tmp_path / "damaged")
+    for order in ([bad, first], [first, bad]):
+        source = Source(damaged, max_bad=3 / len(damaged))
+        for index in order:
+            source.condemn(index)
+        source.fetch(np.array([second]))
+        assert source.substitutes == dict.fromkeys([bad, first, second], third)
+        assert source.replaced(np.array([bad, 7, first])).tolist() == [third, 7, third]
+    source = Source(damaged, max_bad=1 / len(damaged))
+    source.condemn(first)
+    with pytest.raises(
+        DamagedDataError, match=rf"sample {damaged.keys[bad]} cannot be decoded, and 1 others"
+    ):
+        source.condemn(bad)
 
 
 def test_a_class_without_a_sound_sample_ends_it(tiny_shards: ShardSet, tmp_path: Path) -> None:
