@@ -48,7 +48,8 @@ def build(
         source: called once a batch.
         mean, std: of pixels scaled to 0..1.
         augmentation: what the parameters were drawn by, and so which operators are needed; None is neither.
-        decoded: the source gives RGB pixels (h, w, 3), nothing is decoded here.
+        decoded: the source gives RGB pixels (h, w, 3), nothing is decoded here. What it gives is not copied:
+            all of it must stay as it is until its batch has come out.
         gpu: ordinal of the GPU, None for the CPU.
         one_pass: the fused pass instead of DALI's operators; as the device is, if not given.
     """
@@ -78,6 +79,8 @@ def build(
             dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT][:wanted],
             ndim=[3 if decoded else 1, 2, 2, 1][:wanted],
             layout=["HWC" if decoded else "", "", "", ""][:wanted],
+            # Copying pixels takes as long as decoding them would, in one thread that holds the interpreter.
+            no_copy=decoded,
         )
         flaws = rest[0] if rest else None
         images = _pixels(given, decoded, gpu)

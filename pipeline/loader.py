@@ -1,18 +1,21 @@
 """Batches on the device. The loader's whole state is one number: the steps done."""
 
-from collections import deque
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
-import numpy as np
 import torch
 
 from configs.errors import UserError
 from configs.schema import Augment
 from configs.schema import Loader as Settings
 from pipeline import augment, graph
+from pipeline.ahead import Ahead
+from pipeline.cache import Cache, CachedSource, Fetcher
+from pipeline.producer import Producer, Ready, Step
 from pipeline.sampler import (
-    PADDING,
     Balanced,
     Indices,
     Patient,
@@ -24,6 +27,9 @@ from pipeline.sampler import (
 )
 from pipeline.source import Source
 from shards.shardset import ShardSet
+
+IN_THE_MAKING = 2
+"""Batches that DALI works on: one is read and planned while another is decoded."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,14 @@ class Batch:
 class Loader:
     """An endless stream of batches, cut into epochs.
 
-    Prefetching runs on across the border between epochs, so no epoch starts with an empty queue.
+        for batch in loader: …      from the current step to the end of its epoch; again: the next epoch
+        loader.step                 steps done, over all epochs: all of the loader's state
+        loader.seek(step)           go on from any step, backwards too
+
+    A thread of its own reads, checks, plans and waits for DALI, which decodes and augments in threads of its
+    own: the caller's thread only takes what is ready. Prefetching runs on across the border between epochs,
+    so no epoch starts with an empty queue. `close`, the end of a `with` block, or the end of the last
+    reference to the loader ends the threads; there are no processes, and no names in any folder.
     """
 
     def __init__(
@@ -59,71 +72,98 @@ class Loader:
         device: torch.device,
         threads: int,
         start: int = 0,
+        cache: Cache | None = None,
     ) -> None:
         """
         Args:
             augmentation: None shows every image as it is.
             threads: DALI threads of this rank.
             start: steps already done, over all epochs.
+            cache: where the sampler's images are kept decoded; None decodes them each time.
 
         Raises:
             UserError: if the ranks cannot share the global batch.
         """
-        self.source = Source(shards, max_bad=settings.max_bad)
+        self.source = Source(shards, max_bad=settings.max_bad, read=settings.read)
         self.steps, self.world_size = sampler.steps, world_size
-        self._shards, self._sampler, self._size = shards, sampler, settings.size
-        self._augmentation, self._seed, self._device = augmentation, seed, device
+        self.step = start
+        """Steps done, over all epochs."""
+        self._shards, self._device = shards, device
         self._dtype, self._channels_last = settings.dtype, settings.channels_last
-        self._slots = rank_slice(sampler.batch(0, 0), rank, world_size)
-        self._done = self._asked = start
-        self._ahead: deque[tuple[Indices, Indices]] = deque()
-        self._pipeline = graph.build(
-            self._inputs,
-            batch=self._slots.stop - self._slots.start,
+        slots = rank_slice(sampler.batch(0, 0), rank, world_size)
+        batch, gpu = slots.stop - slots.start, device.index if device.type == "cuda" else None
+        fetcher: Fetcher = self.source
+        if cache is not None:
+            fetcher = CachedSource(self.source, cache, batch=batch, threads=threads)
+        producer = Producer(
+            _planner(sampler, slots, augmentation, seed),
+            fetcher,
+            self.source,
+            lambda inputs: graph.build(
+                inputs,
+                batch=batch,
+                size=settings.size,
+                mean=settings.mean,
+                std=settings.std,
+                threads=threads,
+                prefetch=IN_THE_MAKING,
+                augmentation=augmentation,
+                decoded=cache is not None,
+                dtype=settings.dtype,
+                channels_last=settings.channels_last,
+                gpu=gpu,
+            ),
             size=settings.size,
-            mean=settings.mean,
-            std=settings.std,
-            threads=threads,
-            prefetch=settings.prefetch,
-            augmentation=augmentation,
-            dtype=settings.dtype,
-            channels_last=settings.channels_last,
-            gpu=device.index if device.type == "cuda" else None,
+            gpu=gpu,
+            decoded=cache is not None,
         )
+        self._ahead: Ahead[Ready] = Ahead(producer.batches, settings.prefetch, start)
+        # Not a method of the loader, which nothing that the thread holds may keep alive.
+        self._end = weakref.finalize(self, _end, self._ahead, producer)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """As `epoch`."""
+        return self.epoch()
 
     def epoch(self) -> Iterator[Batch]:
-        """The batches from the current step to the end of its epoch."""
+        """The batches from the current step to the end of its epoch.
+
+        Raises:
+            DamagedDataError: if more samples are damaged than allowed.
+            ValueError: if the loader is closed.
+        """
         while True:
             yield self._next()
-            if self._done % self.steps == 0:
+            if self.step % self.steps == 0:
                 return
 
-    def _inputs(self) -> graph.Inputs:
-        """DALI calls this once for every batch it prepares ahead."""
-        epoch, step = divmod(self._asked, self.steps)
-        wanted = self._sampler.batch(epoch, step)
-        plan = (
-            augment.draw(self._augmentation, len(wanted), seed=self._seed, epoch=epoch, step=step)
-            if self._augmentation
-            else augment.identity(len(wanted))
-        )
-        first, wanted, plan = wanted[0], wanted[self._slots], plan[self._slots]
-        # Padding shows the batch's first sample, and is marked.
-        data, index = self.source.fetch(np.where(wanted == PADDING, first, wanted))
-        self._asked += 1
-        self._ahead.append((index, np.where(wanted == PADDING, PADDING, index)))
-        return data, *plan.parameters(self._shards.widths[index], self._shards.heights[index], self._size)
+    def seek(self, step: int) -> None:
+        """Go on after `step` steps, counted over all epochs; returns at once, whatever is prefetched."""
+        self._ahead.seek(step)
+        self.step = step
+
+    def close(self) -> None:
+        """End the threads and let go of files; batches that were taken stay as they are."""
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _next(self) -> Batch:
-        (images,) = self._pipeline.run()  # an error in `_inputs` comes out of here as it is
-        shown, index = self._ahead.popleft()
-        self._done += 1
+        ready = self._ahead.get()
+        self.step += 1
         return Batch(
-            # DALI's tensor owns its memory until this view of it is gone: no copy is needed.
-            images=graph.tensor(images, self._dtype, channels_last=self._channels_last),
-            labels=self._to_device(self._shards.labels[shown]),
-            groups=self._to_device(self._shards.groups[shown]),
-            index=self._to_device(index),
+            # DALI's tensor owns its memory until this view of it is gone: no copy is needed. Viewed in the
+            # caller's thread, whose stream is to wait for DALI's.
+            images=graph.tensor(ready.images, self._dtype, channels_last=self._channels_last),
+            labels=self._to_device(self._shards.labels[ready.shown]),
+            groups=self._to_device(self._shards.groups[ready.shown]),
+            index=self._to_device(ready.index),
         )
 
     def _to_device(self, values: Indices) -> torch.Tensor:
@@ -131,6 +171,29 @@ class Loader:
         if self._device.type == "cuda":
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor
+
+
+def _planner(
+    sampler: Sampler, slots: slice, augmentation: Augment | None, seed: int
+) -> Callable[[int], Step]:
+    """Step number -> a rank's share of it."""
+
+    def plan(number: int) -> Step:
+        epoch, step = divmod(number, sampler.steps)
+        wanted = sampler.batch(epoch, step)
+        changes = (
+            augment.draw(augmentation, len(wanted), seed=seed, epoch=epoch, step=step)
+            if augmentation
+            else augment.identity(len(wanted))
+        )
+        return Step(wanted[slots], int(wanted[0]), changes[slots])
+
+    return plan
+
+
+def _end(ahead: Ahead[Ready], producer: Producer) -> None:
+    ahead.close()
+    producer.close()
 
 
 def training_sampler(shards: ShardSet, settings: Settings, *, seed: int, world_size: int) -> Sampler:

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_source import alike, damage
+from test_source import alike, damage, spoil
 
 from configs.errors import DamagedDataError, UserError
 from configs.schema import Augment
 from configs.schema import Loader as Settings
+from pipeline.cache import Cache
 from pipeline.loader import Batch, Loader, training_sampler
 from pipeline.sampler import PADDING, Sequential
 from shards.shardset import ShardSet
@@ -29,6 +30,7 @@ def training(
     settings: Settings = SETTINGS,
     seed: int = 0,
     threads: int = 1,
+    cache: Cache | None = None,
 ) -> Loader:
     """A loader of the training split."""
     return Loader(
@@ -42,10 +44,19 @@ def training(
         device=CPU,
         threads=threads,
         start=start,
+        cache=cache,
     )
 
 
-def sequential(shards: ShardSet, split: str, *, rank: int = 0, world: int = 1, max_bad: float = 0) -> Loader:
+def sequential(
+    shards: ShardSet,
+    split: str,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    max_bad: float = 0,
+    cache: Cache | None = None,
+) -> Loader:
     """A loader of each sample of a split, as it is."""
     settings = SETTINGS.model_copy(update={"max_bad": max_bad})
     return Loader(
@@ -58,6 +69,7 @@ def sequential(shards: ShardSet, split: str, *, rank: int = 0, world: int = 1, m
         world_size=world,
         device=CPU,
         threads=1,
+        cache=cache,
     )
 
 
@@ -122,6 +134,32 @@ def test_resuming_at_any_step_goes_on_with_the_same_batches(
 ) -> None:
     for resumed, whole in zip(take(training(tiny_shards, start=start), 2), reference[start:], strict=False):
         assert same(resumed, whole)
+
+
+def test_seeking_goes_on_with_the_same_batches(reference: list[Batch], tiny_shards: ShardSet) -> None:
+    """Backwards, forwards, into what is prefetched, twice in a row, in the middle of an epoch's loop."""
+    with training(tiny_shards) as loader:
+        for step in (0, 3, 4, 1, 9, 0, 0, 8):
+            loader.seek((step + 5) % 10)
+            loader.seek(step)
+            assert loader.step == step
+            assert same(next(iter(loader)), reference[step]) and loader.step == step + 1
+        loader.seek(4)
+        for number, batch in enumerate(loader):
+            assert same(batch, reference[(4, 5, 2, 3)[number]])
+            if number == 1:
+                loader.seek(2)
+        assert number == 3 and loader.step == 4
+
+
+def test_a_loop_shows_an_epoch_and_the_next_goes_on(reference: list[Batch], tiny_shards: ShardSet) -> None:
+    with training(tiny_shards, start=2) as loader:
+        shown = [*loader, *loader]
+        for batch in loader:
+            shown.append(batch)
+            break
+        shown.append(next(iter(loader)))
+    assert len(shown) == 8 and all(map(same, shown, reference[2:]))
 
 
 def test_epochs_end_where_they_should(tiny_shards: ShardSet) -> None:
@@ -211,6 +249,47 @@ def test_a_damaged_sample_is_replaced_and_counted(
     assert torch.equal(images[unharmed], reference[1].images[unharmed]) and not unharmed[3]
     counted = [loader.source.substitutes for loader in loaders]
     assert all(one in ({}, {bad: substitute}) for one in counted) and {bad: substitute} in counted
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(
+    world: int,
+    reference: list[Batch],
+    tiny_shards: ShardSet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its sum is right, so only the decoder finds it; the step is done again, the others are as they were."""
+    bad = int(reference[1].index[3])
+    first, second = alike(tiny_shards, bad)[:2]
+    shards = spoil(tiny_shards, [bad, first], tmp_path / "spoilt")
+    two = SETTINGS.model_copy(update={"max_bad": 2 / len(shards)})
+    loaders = [training(shards, rank=rank, world=world, settings=two) for rank in range(world)]
+    ranks = [take(loader, 8) for loader in loaders]
+    for number, whole in enumerate(reference[:8]):
+        index = torch.cat([rank[number].index for rank in ranks])
+        replaced = torch.isin(whole.index, torch.tensor([bad, first]))
+        assert torch.equal(index, torch.where(replaced, second, whole.index))
+        images = torch.cat([rank[number].images for rank in ranks])
+        assert torch.equal(images[~replaced], whole.images[~replaced])
+        assert torch.equal(torch.cat([rank[number].labels for rank in ranks]), whole.labels)
+    found = {index: shown for loader in loaders for index, shown in loader.source.substitutes.items()}
+    assert found[bad] == second and set(found) <= {bad, first}
+    assert f"sample {shards.keys[bad]} cannot be decoded, {shards.keys[second]} stands in" in (
+        capsys.readouterr().err
+    )
+    with training(shards, settings=two) as loader:  # and after a seek, or resumed
+        loader.seek(1)
+        assert int(next(iter(loader)).index[3]) == second
+
+
+def test_more_that_cannot_be_decoded_than_allowed_names_the_sample(
+    tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    bad = int(tiny_shards.split("val")[2])
+    shards = spoil(tiny_shards, [bad], tmp_path / "spoilt")
+    with pytest.raises(DamagedDataError, match=rf"sample {shards.keys[bad]} cannot be decoded.*max_bad"):
+        list(sequential(shards, "val"))
 
 
 def test_more_damage_than_allowed_is_the_users_error(tiny_shards: ShardSet, tmp_path: Path) -> None:

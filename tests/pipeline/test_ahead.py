@@ -1,0 +1,92 @@
+"""Things made ahead come in order, from wherever asked; errors come out where they are waited for."""
+
+import random
+import threading
+import time
+from collections.abc import Generator
+from itertools import count
+
+import pytest
+
+from pipeline.ahead import Ahead
+
+
+def numbers(position: int) -> Generator[int]:
+    yield from count(position)
+
+
+def running() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "moleprint-loader"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_items_come_in_order_from_wherever_asked(depth: int) -> None:
+    draw, position = random.Random(depth), 5
+    ahead = Ahead(numbers, depth, position)
+    for _ in range(300):
+        if draw.random() < 0.3:
+            position = draw.randrange(100)
+            ahead.seek(position)
+        assert ahead.get() == position
+        position += 1
+    ahead.close()
+
+
+def test_no_more_is_made_than_there_is_room_for() -> None:
+    made = []
+
+    def make(position: int) -> Generator[int]:
+        for number in numbers(position):
+            made.append(number)
+            yield number
+
+    ahead = Ahead(make, depth=3)
+    assert not made and not running(), "nothing before the first is asked for"
+    for got in range(4):
+        ahead.get()
+        deadline = time.monotonic() + 5
+        while len(made) < got + 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert made == list(range(got + 4))
+    ahead.close()
+
+
+def test_an_error_comes_after_the_items_before_it_and_a_seek_goes_on() -> None:
+    def make(position: int) -> Generator[int]:
+        for number in numbers(position):
+            if number == 3:
+                raise LookupError("three")
+            yield number
+
+    ahead = Ahead(make, depth=8)
+    assert [ahead.get() for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(LookupError, match="three"):
+            ahead.get()
+    ahead.seek(1)
+    assert [ahead.get(), ahead.get()] == [1, 2]
+    ahead.seek(4)
+    assert ahead.get() == 4
+    ahead.close()
+
+
+def test_closing_ends_the_thread_whatever_it_does() -> None:
+    ended = []
+
+    def make(position: int) -> Generator[int]:
+        try:
+            yield from numbers(position)
+        finally:
+            ended.append(position)
+
+    for takes in (0, 1, 3):
+        ahead = Ahead(make, depth=1, start=takes)
+        for _ in range(takes):
+            ahead.get()
+        ahead.close()
+        ahead.close()
+        with pytest.raises(ValueError, match="closed"):
+            ahead.get()
+    assert ended == [1, 3], "generators are closed, in the thread that ran them"
+    assert not running()
