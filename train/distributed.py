@@ -171,6 +171,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def first_on_node(value: Any, here: World) -> Any:
+    """The value of a small picklable object on this host's first rank; torchrun numbers them in a row."""
+    if not dist.is_initialized():
+        return value
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values[here.rank - here.local_rank]
+
+
 def check_equal(value: Any, what: str) -> None:
     """Raises UserError if a rank holds another value than rank 0: they would train on apart, or hang."""
     if not dist.is_initialized():

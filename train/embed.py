@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import Experiment
+from pipeline.cache import Cache
 from pipeline.loader import Loader
 from pipeline.sampler import PADDING, Indices, Sequential
 from shards.files import sha256
@@ -23,7 +24,9 @@ from train.entry import start
 from train.model import Encoder
 
 
-def evaluation_loader(shards: ShardSet, indices: Indices, experiment: Experiment, world: World) -> Loader:
+def evaluation_loader(
+    shards: ShardSet, indices: Indices, experiment: Experiment, world: World, cache: Cache | None = None
+) -> Loader:
     """Each of `indices` once, in order, as they are. A damaged sample ends it: no other may stand in."""
     settings = experiment.loader.model_copy(update={"max_bad": 0.0})
     return Loader(
@@ -36,6 +39,7 @@ def evaluation_loader(shards: ShardSet, indices: Indices, experiment: Experiment
         world_size=world.size,
         device=world.device,
         threads=world.threads(settings.threads),
+        cache=cache,
     )
 
 
@@ -84,8 +88,10 @@ def _run(experiment: Experiment, world: World) -> None:
     indices = np.arange(len(shards))
     if world.main:
         runfolder.describe(experiment)
-    loader = evaluation_loader(shards, indices, experiment, world)
-    with tqdm(total=len(indices), desc="embed", unit="image", disable=not world.main) as progress:
+    with (
+        evaluation_loader(shards, indices, experiment, world) as loader,
+        tqdm(total=len(indices), desc="embed", unit="image", disable=not world.main) as progress,
+    ):
         index, vectors = embed(encoder, loader, precision=torch.float32, progress=progress)  # as predict does
     assert np.array_equal(index, indices), "every sample exactly once"
     if world.main:

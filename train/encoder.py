@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from contextlib import closing
 from typing import Any, Never
 
 import numpy as np
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.schema import Experiment
 from configs.schema import Train as Settings
+from pipeline.cache import open_cache
 from pipeline.counter import Purpose, generator
 from pipeline.loader import Batch, Loader, training_sampler
 from shards.files import read_json, sha256
@@ -29,7 +31,15 @@ from shards.shardset import ShardSet
 from train import checkpoint, model, runfolder
 from train.centroids import Centroids
 from train.checkpoint import Progress
-from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, total
+from train.distributed import (
+    World,
+    barrier,
+    broadcast,
+    broadcast_buffers,
+    check_equal,
+    first_on_node,
+    total,
+)
 from train.embed import embed, evaluation_loader
 from train.entry import start
 from train.learner import Learner, Outcome, spread
@@ -43,7 +53,7 @@ def run(experiment: Experiment, world: World) -> None:
     """Train from the newest checkpoint, or from the start, to the end; write the best encoder."""
     with runfolder.locked(experiment.run.folder, main=world.main):
         trainer = Trainer(experiment, world)
-        with trainer.tracker:
+        with closing(trainer), trainer.tracker:
             while not trainer.finished:
                 trainer.train_epoch()
                 trainer.validate()
@@ -93,6 +103,10 @@ class Trainer:
         self._build(state)
         if world.main:
             runfolder.describe(experiment)
+        loaded = np.concatenate([self.shards.split("train"), self.shards.split("val")])
+        self.cache = open_cache(
+            self.shards, loaded, experiment.loader, lambda word: str(first_on_node(word, world))
+        )
         self.loader = Loader(
             self.shards,
             sampler,
@@ -104,8 +118,11 @@ class Trainer:
             device=world.device,
             threads=world.threads(experiment.loader.threads),
             start=self.progress.step,
+            cache=self.cache,
         )
-        self.validation = evaluation_loader(self.shards, self.shards.split("val"), experiment, world)
+        self.validation = evaluation_loader(
+            self.shards, self.shards.split("val"), experiment, world, self.cache
+        )
         self.tracker = Tracker(
             experiment, "encoder", rank=world.rank, after=self.progress.step, run_id=self.progress.run_id
         )
@@ -161,7 +178,7 @@ class Trainer:
         if not done:
             self.centroids.clear()
         with self._bar(f"epoch {epoch + 1}/{self.settings.epochs}", done) as bar:
-            for batch in self.meter.waiting(self.loader.epoch()):
+            for batch in self.meter.waiting(iter(self.loader)):
                 if self.progress.step == 0:
                     self._log_images(batch)
                 outcome, norm = self.train_step(batch)
@@ -264,6 +281,13 @@ class Trainer:
         }
         runfolder.save_encoder(self.folder, self.encoder, about)
         self.tracker.figures({"best_val_roc_auc": self.progress.best_auc}, {})
+
+    def close(self) -> None:
+        """End the loaders' threads and let go of the cache."""
+        self.loader.close()
+        self.validation.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0

@@ -102,10 +102,8 @@ def test_two_processes_share_one_copy(reference: list[Batch], tiny_shards: Shard
 
 
 def test_it_is_no_file(tiny_shards: ShardSet) -> None:
-    before = {folder: sorted(os.listdir(folder)) for folder in ("/dev/shm", "/tmp")}  # noqa: PTH208
     cache = Cache(tiny_shards, np.arange(len(tiny_shards)))
-    assert {folder: sorted(os.listdir(folder)) for folder in before} == before  # noqa: PTH208
-    assert "memfd:" in os.readlink(cache.address)  # noqa: PTH115
+    assert os.stat(cache.address).st_nlink == 0, "it has no name, so none can be left behind"  # noqa: PTH116
     other = Cache(tiny_shards, np.arange(len(tiny_shards)), cache.address)
     pixels = np.full(cache.shape(7), 9, np.uint8)
     other.put(7, pixels)

@@ -27,6 +27,7 @@ from train.distributed import (
     broadcast,
     broadcast_buffers,
     check_equal,
+    first_on_node,
     gather,
     process_rank,
     total,
@@ -83,7 +84,7 @@ def gradients(settings: Loss, rank: int, size: int) -> dict[str, torch.Tensor]:
     return found | outcome.figures | {"embeddings": outcome.embeddings, "labels": outcome.labels}
 
 
-def collectives(rank: int) -> dict[str, Any]:
+def collectives(rank: int, size: int) -> dict[str, Any]:
     """What the collectives give on this rank."""
     module = nn.BatchNorm1d(2)
     module.running_mean.fill_(rank)
@@ -93,6 +94,7 @@ def collectives(rank: int) -> dict[str, Any]:
     return {
         "gather": gather(torch.tensor([[rank, 10 * rank]])),
         "broadcast": broadcast({"rank": rank}),
+        "first": first_on_node(f"rank {rank}", World(rank, size, rank % 2, 2)),
         "total": total(rank + 1, torch.device("cpu")),
         "told": told(lambda: check_equal(min(rank, 1), "step")),
         "buffers": (module.running_mean, module.num_batches_tracked),
@@ -115,7 +117,7 @@ def embeddings(experiment: Experiment, here: World) -> tuple[np.ndarray, np.ndar
     return embed(build(experiment.model, seed=3), loader, precision=torch.float32)
 
 
-def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment) -> None:
+def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment, cached: Experiment) -> None:
     """All that one rank does, in groups of 4 and then of 2."""
     torch.set_num_threads(1)
     for world_size in WORLDS:
@@ -129,12 +131,13 @@ def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment)
         )
         here = World(rank, world_size, rank, world_size)
         found = {name: gradients(settings, rank, world_size) for name, settings in OBJECTIVES.items()}
-        results = (found, collectives(rank), embeddings(whole, here))
+        results = (found, collectives(rank, world_size), embeddings(whole, here))
         torch.save(results, folder / f"rank-{rank}-of-{world_size}.pt")
         if world_size == 2:
             encoder.run(whole, here)
             train_until(7, cut, here)
             encoder.run(cut, here)
+            encoder.run(cached, here)
         dist.destroy_process_group()
         if rank >= 2:
             return
@@ -144,7 +147,8 @@ def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment)
 def ranks(tiny_experiment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder with every rank's results and two runs of 2 ranks; the modules are loaded once for all."""
     folder = tmp_path_factory.mktemp("ranks")
-    arguments = (4, folder, tiny_experiment(folder / "whole"), tiny_experiment(folder / "cut"))
+    cached = tiny_experiment(folder / "cached", loader={"cache": "host", "read": "pread", "prefetch": 1})
+    arguments = (4, folder, tiny_experiment(folder / "whole"), tiny_experiment(folder / "cut"), cached)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.encoder"])
     processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
@@ -178,7 +182,8 @@ def test_gradients_of_many_ranks_are_those_of_one(size: int, name: str, ranks: P
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_collectives(size: int, ranks: Path) -> None:
-    for _, found, _ in results(ranks, size):
+    for rank, (_, found, _) in enumerate(results(ranks, size)):
+        assert found["first"] == f"rank {rank - rank % 2}"
         assert found["gather"].tolist() == [[rank, 10 * rank] for rank in range(size)]
         assert found["broadcast"] == {"rank": 0}
         assert found["total"] == size * (size + 1) // 2
@@ -210,6 +215,11 @@ def test_a_run_of_two_ranks_resumes_exactly(ranks: Path) -> None:
     assert [[row.get(k) for k in keys] for row in logged[0]] == [
         [row.get(k) for k in keys] for row in logged[1]
     ]
+
+
+def test_a_run_of_two_ranks_that_keep_images_decoded_is_the_same(ranks: Path) -> None:
+    whole, cached = ((ranks / name / "encoder.safetensors").read_bytes() for name in ("whole", "cached"))
+    assert whole == cached
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
