@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import jinja2
 from tqdm import tqdm
 
-from configs import schema
 from configs.errors import UserError
+from configs.schema import Experiment
 from eval import plots
 from eval.metrics import Bootstrap, Floats, Ranking, decide, figures
 from shards.files import write_json, write_text, writing
@@ -33,7 +33,7 @@ class Figures(Protocol):
 
 
 def evaluate(
-    experiment: schema.Experiment,
+    experiment: Experiment,
     *,
     tracker: Figures | None = None,
     progress: bool = True,
@@ -131,7 +131,7 @@ def interval(split: dict[str, Any], name: str) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
-def _about(experiment: schema.Experiment, classifier: Classifier, notice: str) -> dict[str, Any]:
+def _about(experiment: Experiment, classifier: Classifier, notice: str) -> dict[str, Any]:
     """What the figures of all splits have in common."""
     return {
         "classes": classifier.classes,

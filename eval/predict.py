@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import UserError
-from configs.schema import Encode as Settings
+from configs.packing import Encode as Settings
 from eval.metrics import decide
 from pipeline import augment, graph
 from shards.encode import Encoded, encode

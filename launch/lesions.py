@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from configs.schema import Synthetic
+from configs.packing import Synthetic
 
 Map = npt.NDArray[np.floating[Any]]
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.errors import UserError
-from configs.schema import Pack, Synthetic
+from configs.packing import Pack, Synthetic
 from launch.lesions import draw_files, generator
 from shards import records
 from shards.files import new_folder, read_json

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.schema import Augment
+from configs.loading import Augment
 from pipeline.counter import Purpose, generator
 
 Float32 = NDArray[np.float32]

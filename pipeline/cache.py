@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from configs.errors import UserError
-from configs.schema import Loader as Settings
+from configs.loading import Loader as Settings
 from pipeline.decode import Decoder, Pixels, UndecodableError
 from pipeline.reading import Bytes
 from pipeline.sampler import Indices

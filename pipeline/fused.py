@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 
-from configs.schema import Dtype
+from configs.fields import Dtype
 
 # Neither numba nor DALI's operator for it has half types on a CPU: an integer type says whose bits they are.
 STORED: dict[Dtype, type[np.generic]] = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}

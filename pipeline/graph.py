@@ -18,7 +18,8 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from configs.schema import Augment, Dtype
+from configs.fields import Dtype
+from configs.loading import Augment
 from pipeline.augment import Parameters
 from pipeline.fused import FusedPass
 

@@ -9,8 +9,8 @@ from typing import Self
 import torch
 
 from configs.errors import UserError
-from configs.schema import Augment
-from configs.schema import Loader as Settings
+from configs.loading import Augment
+from configs.loading import Loader as Settings
 from pipeline import augment, graph
 from pipeline.ahead import Ahead
 from pipeline.cache import Cache, CachedSource, Fetcher

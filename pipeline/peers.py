@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from configs.schema import Loader as Settings
+from configs.loading import Loader as Settings
 from pipeline.sampler import Sampler
 from shards.shardset import ShardSet
 

@@ -18,7 +18,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
-from configs.schema import Encode, Pack
+from configs.packing import Encode, Pack
 from shards import peers
 from shards.encode import encode
 from shards.files import write_json, writing

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards import leaks
 from shards.files import sha256
 from shards.plan import Plan

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from configs.errors import UserError
-from configs.schema import Encode
+from configs.packing import Encode
 from shards.jpeg import SIGNATURE, Header, header
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.claims import Part, lock, lock_alone
 from shards.files import new_folder, read_json, writing
 from shards.shardset import MANIFEST, is_url

@@ -20,7 +20,7 @@ from pyarrow import csv
 from tqdm import tqdm
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards import leaks
 from shards.claims import ALONE, POLL, Job, Part, complete, lock
 from shards.describe import DUPLICATES, REJECTED, check_made_by, fingerprint, manifest, samples_table

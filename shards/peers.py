@@ -19,7 +19,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from configs.schema import Encode
+from configs.packing import Encode
 from shards.encode import encode
 
 SHARD = 1000

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Pack, canonical
+from configs.fields import canonical
+from configs.packing import Pack
 from shards.images import without_ending
 from shards.leaks import KINDS, Pairs, duplicates, join
 from shards.records import Records, read_pairs

@@ -12,7 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Pack, Source, canonical
+from configs.fields import canonical
+from configs.packing import Pack, Source
 from shards.images import without_ending
 from shards.tables import few, read_table, refuse_blanks, require, texts, typed
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from configs.errors import UserError
-from configs.schema import Encode
+from configs.packing import Encode
 from shards.encode import Encoded, encode
 from shards.files import atomic, write_text
 from shards.images import Ref, read, stamp

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from configs.errors import UserError
-from configs.schema import Encode
+from configs.packing import Encode
 from shards.encode import encode
 from shards.files import sha256
 from shards.leaks import crossing

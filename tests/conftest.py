@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.pack import pack
 from shards.shardset import ShardSet
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configs import schema
 from configs.errors import UserError
+from configs.judging import Classifier as Settings
+from configs.schema import Experiment
 from shards.files import atomic, read_json, write_json
 from train.calibration import choose_threshold, fit_temperature, nll, softmax
 from train.embeddings import Embeddings, read_embeddings, read_meta
@@ -63,7 +64,7 @@ class Classifier:
 
 
 def fit(
-    experiment: schema.Experiment, *, device: str = "cpu", tracker: Log | None = None, progress: bool = True
+    experiment: Experiment, *, device: str = "cpu", tracker: Log | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Train the MLP on the train split, calibrate it on validation, write classifier.{safetensors,json}.
 
@@ -141,7 +142,7 @@ def load(run: Path) -> Classifier:
         raise UserError(f"{path}: cannot be used ({error}); make it again with `{MADE_BY}`") from None
 
 
-def finished(experiment: schema.Experiment) -> bool:
+def finished(experiment: Experiment) -> bool:
     """Whether the run's classifier was made from its present embeddings with the present settings."""
     run = experiment.run.folder
     try:
@@ -182,7 +183,7 @@ def _train(
     train: Embeddings,
     val: Embeddings,
     class_weights: NDArray[np.float64],
-    settings: schema.Classifier,
+    settings: Settings,
     device: str,
     tracker: Log | None,
     progress: bool,
@@ -231,7 +232,7 @@ def _epoch(
     x: Tensor,
     y: Tensor,
     weight: Tensor,
-    settings: schema.Classifier,
+    settings: Settings,
     epoch: int,
 ) -> float:
     """One pass over the embeddings in a fresh order; returns the mean loss."""
@@ -253,7 +254,7 @@ def _logits(network: nn.Sequential, vectors: NDArray[np.float32]) -> NDArray[np.
         return np.asarray(network(torch.from_numpy(vectors).double()).numpy())
 
 
-def _made_from(meta: dict[str, Any], settings: schema.Classifier) -> dict[str, Any]:
+def _made_from(meta: dict[str, Any], settings: Settings) -> dict[str, Any]:
     ids = {key: meta[key] for key in ("encoder_sha256", "shards_sha256")}
     return {**ids, "settings": settings.model_dump(mode="json")}
 

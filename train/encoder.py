@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from configs.schema import Train as Settings
+from configs.training import Train as Settings
 from pipeline.cache import open_cache
 from pipeline.counter import Purpose, generator
 from pipeline.loader import Batch, Loader, training_sampler

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.schema import Loss as Settings
+from configs.training import Loss as Settings
 from train.distributed import gather, gather_with_gradient
 from train.losses import triplet
 from train.model import Encoder

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import Model as Settings
+from configs.training import Model as Settings
 from shards.files import atomic
 
 

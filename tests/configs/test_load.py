@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from configs.errors import UserError
 from configs.load import dump, fields, load, section_of
-from configs.schema import Augment, Experiment
+from configs.loading import Augment
+from configs.schema import Experiment
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import Augment
-from configs.schema import Loader as Settings
+from configs.loading import Augment
+from configs.loading import Loader as Settings
 from pipeline import augment, graph
 from pipeline.loader import Batch, Loader, training_sampler
 from pipeline.source import Source

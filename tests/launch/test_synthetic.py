@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from configs.errors import UserError
-from configs.schema import Pack, Synthetic
+from configs.packing import Pack, Synthetic
 from launch import lesions, synthetic
 from launch.lesions import abcd, draw, patient_of, scene_of
 from launch.synthetic import NOTICE, check_made_by, synthesize

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.schema import Augment
+from configs.loading import Augment
 from pipeline.augment import GREY, LUMA, Plan, draw, identity
 
 OFF: dict[str, Any] = {

@@ -12,8 +12,9 @@ import torch
 from test_source import damage
 
 from configs.errors import UserError
-from configs.schema import Augment, Experiment
-from configs.schema import Loader as Settings
+from configs.loading import Augment
+from configs.loading import Loader as Settings
+from configs.schema import Experiment
 from pipeline import benchmark
 from pipeline.loader import Loader, training_sampler
 from pipeline.peers import torchvision_batches

@@ -12,7 +12,7 @@ from test_loader import SETTINGS, Batch, same, sequential, take, tensors, traini
 from test_source import alike, damage, spoil
 
 from configs.errors import DamagedDataError, UserError
-from configs.schema import Loader as Settings
+from configs.loading import Loader as Settings
 from pipeline import cache as module
 from pipeline.cache import Cache, CachedSource, available_memory, open_cache
 from pipeline.decode import Decoder, UndecodableError

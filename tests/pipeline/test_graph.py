@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import Augment
+from configs.loading import Augment
 from pipeline import augment, graph
 from pipeline.fused import warp_colour_normalise
 

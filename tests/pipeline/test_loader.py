@@ -9,8 +9,8 @@ import torch
 from test_source import alike, damage, spoil
 
 from configs.errors import DamagedDataError, UserError
-from configs.schema import Augment
-from configs.schema import Loader as Settings
+from configs.loading import Augment
+from configs.loading import Loader as Settings
 from pipeline.cache import Cache
 from pipeline.loader import Batch, Loader, training_sampler
 from pipeline.sampler import PADDING, Sequential

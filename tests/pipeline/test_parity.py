@@ -14,7 +14,7 @@ from PIL import Image
 from test_graph import FLAWED, HEIGHTS, JPEGS, MEAN, STRONG, WIDTHS, decoded, grey_levels
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from configs.schema import Augment
+from configs.loading import Augment
 from pipeline import augment
 
 SIZE = 64

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.errors import UserError
-from configs.schema import Loader as Settings
+from configs.loading import Loader as Settings
 from pipeline.loader import training_sampler
 from pipeline.sampler import (
     PADDING,

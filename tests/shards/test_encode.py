@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from configs.errors import UserError
-from configs.schema import Encode
+from configs.packing import Encode
 from shards.encode import Encoded, encode
 from shards.jpeg import header
 

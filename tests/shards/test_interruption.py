@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Pack
+from configs.packing import Pack
 from shards import scan
 from shards.claims import Part
 from shards.images import Ref
@@ -20,7 +20,7 @@ from shards.pack import pack
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
-from configs.schema import Pack
+from configs.packing import Pack
 from shards import pack, scan
 from shards.claims import Part
 if __name__ == "__main__":

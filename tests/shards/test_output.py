@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.pack import pack
 from shards.shardset import ShardSet
 

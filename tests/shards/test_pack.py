@@ -14,7 +14,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.describe import check_made_by
 from shards.pack import pack
 from shards.shardset import SPLITS, ShardSet

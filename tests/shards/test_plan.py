@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.leaks import KINDS, crossing, duplicates
 from shards.pack import pack
 from shards.plan import Plan, make_plan

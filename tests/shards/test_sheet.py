@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.facts import describe
 from shards.pack import pack
 from shards.shardset import ShardSet

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import csv
 
 from configs.errors import UserError
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.describe import check_made_by
 from shards.images import Ref, locate, read
 from shards.leaks import crossing

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import Pack
+from configs.packing import Pack
 from shards.plan import make_plan
 from shards.records import read
 from shards.shardset import SPLITS

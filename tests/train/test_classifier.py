@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import Classifier as Settings
+from configs.judging import Classifier as Settings
 from configs.schema import Experiment
 from train.calibration import choose_threshold, fit_temperature, nll, softmax
 from train.classifier import finished, fit, load, mlp

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import DamagedDataError, UserError
-from configs.schema import Experiment, Loss
+from configs.schema import Experiment
+from configs.training import Loss
 from shards.shardset import ShardSet
 from train import encoder
 from train.distributed import (

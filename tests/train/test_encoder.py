@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import Train
+from configs.training import Train
 from shards.files import sha256
 from shards.shardset import ShardSet
 from train import encoder

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.schema import Loss
+from configs.training import Loss
 from train.learner import Learner, spread
 from train.losses import triplet
 

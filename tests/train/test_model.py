@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import UserError
-from configs.schema import Model
+from configs.training import Model
 from train.model import Encoder, autocast_dtype, build, place
 
 SMALL = Model(backbone="resnet18", embedding_dim=8)
