@@ -1,6 +1,9 @@
 """The DALI graph against a loop over pixels, PIL, and DALI's own operators."""
 
+import ctypes
 import io
+import mmap
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -99,6 +102,35 @@ def test_the_fused_pass_equals_a_loop_over_pixels(step: int) -> None:
     for i, data in enumerate(JPEGS):
         expected = slow(decoded(data), matrices[i], plan.colour[i], SIZE)
         np.testing.assert_allclose(images[i], expected, atol=0.05)
+
+
+@pytest.fixture
+def fenced() -> Iterator[np.ndarray]:
+    """A page of memory, and on both sides of it a page that ends the process if read."""
+    pages = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+    memory = np.frombuffer(pages, np.uint8)
+    fences = [memory.ctypes.data, memory.ctypes.data + 2 * mmap.PAGESIZE]
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for fence in fences:
+        assert not protect(ctypes.c_void_p(fence), mmap.PAGESIZE, 0), ctypes.get_errno()
+    yield memory[mmap.PAGESIZE : 2 * mmap.PAGESIZE]
+    for fence in fences:
+        protect(ctypes.c_void_p(fence), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 2), (7, 11)])
+def test_the_fused_pass_reads_nothing_beside_the_image(shape: tuple[int, int], fenced: np.ndarray) -> None:
+    """It fetches pixels by eight bytes, which are more than two pixels."""
+    size = 3 * shape[0] * shape[1]
+    plan = augment.draw(STRONG, 4, seed=5, epoch=0, step=0)
+    matrices = plan.matrices(np.full(4, shape[1]), np.full(4, shape[0]), SIZE)
+    for place in (slice(0, size), slice(len(fenced) - size, len(fenced))):
+        image = fenced[place].reshape(*shape, 3)
+        image[:] = np.random.default_rng(0).integers(0, 256, image.shape)
+        for matrix, colour in zip(matrices, plan.colour, strict=True):
+            out = np.empty((3, SIZE, SIZE), np.float32)
+            warp_colour_normalise(out, image, matrix, colour, np.array([[1, 0]] * 3, np.float32))
+            np.testing.assert_allclose(out, slow(image, matrix, colour, SIZE), atol=0.05)
 
 
 def test_the_fused_pass_equals_dalis_operators() -> None:
