@@ -109,11 +109,12 @@ class Loader(Section):
     """Folder on this node's own disk that the shard set is copied to once, sums checked; needed for a set
     at a URL, of use for one on a slow mount."""
     cache: Literal["none", "host", "device", "auto"] = "none"
-    """Where decoded images are kept, so that later epochs need not decode: `host` is one copy in a node's
-    memory, shared by its ranks, decoded by the CPU; `auto` is `host` if training and validation images fit,
-    else `none`."""
+    """Where training and validation images are kept decoded, so that later epochs need not decode: `host`
+    is one copy in a node's memory, shared by its ranks, decoded by the CPU; `device` is in the memory of each
+    rank's GPU, decoded by it; `auto` is `device` if they fit in half of what a GPU has left, else `host` if
+    they fit there, else `none`."""
     cache_gigabytes: Positive = 8.0
-    """Memory that the cache may take on each node, gigabytes of 1e9 bytes."""
+    """Memory that the cache may take on each node, or on each GPU, gigabytes of 1e9 bytes."""
 
     @model_validator(mode="after")
     def _classes_to_compare(self) -> "Loader":

@@ -1,11 +1,12 @@
 """Decoded images kept in memory, so that only the first sight of one costs a decode.
 
-    memfd   │ seen: a byte an image │ pixels of image 0 │ pixels of image 1 │ …      (uint8 RGB, any sizes)
+    host     │ seen: a byte an image │ pixels of image 0 │ pixels of image 1 │ …      (uint8 RGB, any sizes)
+    device                           │ pixels of image 0 │ pixels of image 1 │ …      (of each rank's own)
 
-One copy serves all ranks of a node: the first makes an anonymous file in memory, the others open it as
-/proc/PID/fd/N. It has no name in any folder and counts against no limit of /dev/shm, so it is gone with the
-last process that holds it, whatever ends that, SIGKILL too. Memory is taken as images are first seen; which
-rank decodes an image makes no difference, as all get the same pixels.
+In the host's memory one copy serves all ranks of a node: the first makes an anonymous file in memory, the
+others open it as /proc/PID/fd/N. It has no name in any folder and counts against no limit of /dev/shm, so it
+is gone with the last process that holds it, whatever ends that, SIGKILL too. Memory is taken as images are
+first seen; which rank decodes an image makes no difference, as all get the same pixels.
 """
 
 import mmap
@@ -13,22 +14,27 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.loading import Loader as Settings
-from pipeline.decode import Decoder, Pixels, UndecodableError
+from pipeline.decode import Decoder, UndecodableError
 from pipeline.reading import Bytes
 from pipeline.sampler import Indices
 from pipeline.source import Source
 from shards.shardset import ShardSet
 
+Image = Bytes | torch.Tensor
+"""Encoded (n,), or pixels (h, w, 3), uint8."""
+DEVICE = "device"
+CPU = torch.device("cpu")
 Share = Callable[[str], str]
 """Takes this rank's word, gives that of the first rank on its node; every rank calls it."""
 
@@ -36,15 +42,73 @@ Share = Callable[[str], str]
 class Fetcher(Protocol):
     """Where a loader's images come from."""
 
-    def fetch(self, indices: Indices) -> tuple[list[Bytes], Indices]:
+    def fetch(self, indices: Indices) -> tuple[Sequence[Image], Indices]:
         """What the graph is fed for each index, and the indices that it really shows, (n,)."""
 
     def close(self) -> None:
         """Let go of threads and files."""
 
 
-class Cache:
+class Cache(Protocol):
     """Room for the pixels of some samples of a shard set. Close it after the loaders that use it."""
+
+    gpu: int | None
+    """Ordinal of the GPU whose memory it is, None for the host's."""
+
+    def has(self, indices: Indices) -> NDArray[np.bool_]:
+        """Which of them are here, (n,)."""
+
+    def get(self, index: int) -> Image:
+        """(h, w, 3) of a sample that is here, not to be written to; valid as long as it is held."""
+
+    def put(self, index: int, pixels: torch.Tensor) -> None:
+        """Keep a sample's pixels."""
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """(h, w, 3) that a sample must have."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+class Layout:
+    """Where the pixels of some samples of a shard set lie, one after the other."""
+
+    def __init__(self, shards: ShardSet, indices: Indices) -> None:
+        """
+        Args:
+            indices: the samples, with all that may stand in for them.
+        """
+        members = np.unique(indices)
+        sizes = shards.widths[members] * shards.heights[members] * 3
+        ends = np.cumsum(sizes)
+        self._slots = np.full(len(shards), -1, np.int64)
+        self._slots[members] = np.arange(len(members))
+        self._starts = ends - sizes
+        self._shapes = np.stack([shards.heights[members], shards.widths[members]], axis=1)
+        self.bytes, self.samples = int(sizes.sum()), len(members)
+
+    def slots(self, indices: Indices) -> Indices:
+        """Their numbers among the samples, (n,)."""
+        slots: Indices = self._slots[indices]
+        assert (slots >= 0).all(), "a sample that the cache was not made for"
+        return slots
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """(h, w, 3) of a sample."""
+        height, width = self._shapes[self._slots[index]].tolist()
+        return height, width, 3
+
+    def bounds(self, index: int) -> slice:
+        """The bytes of a sample."""
+        start, (height, width, _) = int(self._starts[self._slots[index]]), self.shape(index)
+        return slice(start, start + height * width * 3)
+
+
+class HostCache:
+    """In the host's memory, one copy for all processes of a node that are told its address."""
+
+    gpu: int | None = None
 
     def __init__(self, shards: ShardSet, indices: Indices, address: str = "") -> None:
         """
@@ -55,25 +119,21 @@ class Cache:
         Raises:
             OSError: if there is no such cache, or no memory can be had.
         """
-        members = np.unique(indices)
-        sizes = shards.widths[members] * shards.heights[members] * 3
-        ends = np.cumsum(sizes) + len(members)
-        self._slots = np.full(len(shards), -1, np.int64)
-        self._slots[members] = np.arange(len(members))
-        self._starts, self._bytes = ends - sizes, int(ends[-1]) if len(ends) else 1
-        self._shapes = np.stack([shards.heights[members], shards.widths[members]], axis=1)
+        self._layout = Layout(shards, indices)
+        samples = self._layout.samples
+        size = max(1, samples + self._layout.bytes)
         self._file = os.open(address, os.O_RDWR | os.O_CLOEXEC) if address else os.memfd_create("moleprint")
         try:
-            if address and os.fstat(self._file).st_size != self._bytes:
+            if address and os.fstat(self._file).st_size != size:
                 raise OSError(f"{address} is not a cache of these images")
             if not address:
-                os.truncate(self._file, self._bytes)
-            self._memory = np.frombuffer(mmap.mmap(self._file, self._bytes), np.uint8)
+                os.truncate(self._file, size)
+            memory = np.frombuffer(mmap.mmap(self._file, size), np.uint8)
         except BaseException:
             os.close(self._file)
             self._file = -1
             raise
-        self._seen = self._memory[: len(members)]
+        self._seen, self._pixels = memory[:samples], memory[samples:]
         self._fence = threading.Lock()
 
     @property
@@ -83,43 +143,80 @@ class Cache:
 
     def has(self, indices: Indices) -> NDArray[np.bool_]:
         """Which of them are here, (n,)."""
-        slots = self._slots[indices]
-        assert (slots >= 0).all(), "a sample that the cache was not made for"
-        seen: NDArray[np.bool_] = self._seen[slots] == 1
+        seen: NDArray[np.bool_] = self._seen[self._layout.slots(indices)] == 1
         with self._fence:  # pixels are not read before the mark that another process set after them
             return seen
 
-    def get(self, index: int) -> Pixels:
+    def get(self, index: int) -> Bytes:
         """(h, w, 3) of a sample that is here, not to be written to; valid as long as it is held."""
-        return self._view(int(self._slots[index]))
+        return self._pixels[self._layout.bounds(index)].reshape(self.shape(index))
 
-    def put(self, index: int, pixels: Pixels) -> None:
+    def put(self, index: int, pixels: torch.Tensor) -> None:
         """Keep a sample's pixels. Another process may do so at the same time: it writes the same."""
-        slot = int(self._slots[index])
-        self._view(slot)[:] = pixels
+        self.get(index)[:] = pixels
         with self._fence:  # pixels are written before the mark
-            self._seen[slot] = 1
+            self._seen[self._layout.slots(np.array([index]))] = 1
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """(h, w, 3) that a sample must have."""
-        height, width = self._shapes[self._slots[index]].tolist()
-        return height, width, 3
+        return self._layout.shape(index)
 
     def close(self) -> None:
         """Let go of the memory; it is free once no process and no array holds it."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-            del self._memory, self._seen
+            del self._pixels, self._seen
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:
             self.close()
 
-    def _view(self, slot: int) -> Pixels:
-        height, width = self._shapes[slot].tolist()
-        start = int(self._starts[slot])
-        return self._memory[start : start + height * width * 3].reshape(height, width, 3)
+
+class DeviceCache:
+    """In the memory of a rank's own device, from which the graph is fed without a copy through the host."""
+
+    def __init__(self, shards: ShardSet, indices: Indices, device: torch.device) -> None:
+        """
+        Args:
+            indices: the samples, with all that may stand in for them.
+
+        Raises:
+            torch.OutOfMemoryError: if the device has no such memory left.
+        """
+        self._layout = Layout(shards, indices)
+        self._pixels = torch.empty(self._layout.bytes, dtype=torch.uint8, device=device)
+        self._seen = np.zeros(self._layout.samples, np.bool_)
+        self.gpu = device.index if device.type == "cuda" else None
+
+    def has(self, indices: Indices) -> NDArray[np.bool_]:
+        """Which of them are here, (n,)."""
+        seen: NDArray[np.bool_] = self._seen[self._layout.slots(indices)]
+        return seen
+
+    def get(self, index: int) -> Image:
+        """(h, w, 3) of a sample that is here, not to be written to; valid as long as it is held."""
+        view = self._view(index)
+        return view.numpy() if self.gpu is None else view  # DALI asks CUDA for the stream of any tensor
+
+    def put(self, index: int, pixels: torch.Tensor) -> None:
+        """Keep a sample's pixels, of this device. Returns when any stream of the device may read them."""
+        self._view(index).copy_(pixels)
+        if self.gpu is not None:  # once a sample: later epochs wait for nothing
+            torch.cuda.current_stream(self.gpu).synchronize()
+        self._seen[self._layout.slots(np.array([index]))] = True
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """(h, w, 3) that a sample must have."""
+        return self._layout.shape(index)
+
+    def close(self) -> None:
+        """Let go of the memory; it is free once no tensor of it is held."""
+        self._pixels = self._pixels[:0].clone()
+        self._seen[:] = False
+
+    def _view(self, index: int) -> torch.Tensor:
+        return self._pixels[self._layout.bounds(index)].view(self.shape(index))
 
 
 class CachedSource:
@@ -127,9 +224,9 @@ class CachedSource:
 
     def __init__(self, source: Source, cache: Cache, *, batch: int, threads: int) -> None:
         self._source, self._cache = source, cache
-        self._decoder = Decoder(batch, threads)
+        self._decoder = Decoder(batch, threads, cache.gpu)
 
-    def fetch(self, indices: Indices) -> tuple[list[Pixels], Indices]:
+    def fetch(self, indices: Indices) -> tuple[list[Image], Indices]:
         """Pixels (h, w, 3) of each index, and the indices they really belong to, (n,).
 
         Raises:
@@ -165,50 +262,78 @@ class CachedSource:
 
 
 def open_cache(
-    shards: ShardSet, indices: Indices, settings: Settings, share: Share = lambda word: word
-) -> Cache | None:
-    """The cache that the configuration asks for, shared by the ranks of this node; None for none.
+    shards: ShardSet,
+    indices: Indices,
+    settings: Settings,
+    share: Share = lambda word: word,
+    device: torch.device = CPU,
+) -> HostCache | DeviceCache | None:
+    """The cache that the configuration asks for, that of a host shared by its ranks; None for none.
 
     Args:
         indices: the samples that will be loaded more than once.
         share: how the ranks of a node agree; every rank must call this function.
+        device: this rank's.
 
     Raises:
         UserError: if a cache is asked for and cannot be had.
     """
     if settings.cache == "none":
         return None
-    if settings.cache == "device":
-        raise UserError("loader.cache=device: a cache in GPU memory is not there yet; set loader.cache=host")
-    cache, why = None, ""
-    needed, allowed = _pixel_bytes(shards, indices), 1e9 * settings.cache_gigabytes
-    free = available_memory()
-    if needed > allowed:
-        why = (
-            f"the images take {needed / 1e9:.2g} GB decoded, loader.cache_gigabytes allows {allowed / 1e9:g}"
-        )
-    elif needed > free:
-        why = (
-            f"the images take {needed / 1e9:.2g} GB decoded, this node has {free / 1e9:.2g} GB of memory left"
-        )
-    try:
-        cache = None if why else Cache(shards, indices)
-    except OSError as error:
-        why = f"no memory can be had ({error})"
-    # The first rank of the node decides for all; every rank comes here, lest the others wait for it.
-    address = share(cache.address if cache else "")
-    if cache is None or address != cache.address:
-        if cache is not None:
-            cache.close()
+    needed = Layout(shards, indices).bytes
+    why = _no_room_on_device(needed, settings, device)
+    cache: HostCache | None = None
+    if why and settings.cache != "device":
+        why = _no_room_on_host(needed, settings)
         try:
-            cache = Cache(shards, indices, address) if address else None
+            cache = None if why else HostCache(shards, indices)
         except OSError as error:
-            cache, why = None, f"the node's ranks cannot share memory ({error})"
-    if cache is None and settings.cache == "host":
-        raise UserError(f"loader.cache=host: {why or 'not on the first rank'}; set loader.cache=none")
+            why = f"no memory can be had ({error})"
+    # The first rank of the node decides for all; every rank comes here, lest the others wait for it.
+    word = share(cache.address if cache else "" if why else DEVICE)
+    if cache is not None and word != cache.address:
+        cache.close()
+        cache = None
+    try:
+        if word == DEVICE:
+            return DeviceCache(shards, indices, device)
+        if word and cache is None:
+            cache = HostCache(shards, indices, word)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"loader.cache={settings.cache}: {reason}; set loader.cache=host") from None
+    except OSError as error:
+        why = f"the node's ranks cannot share memory ({error})"
+    if cache is None and settings.cache != "auto":
+        lower = "host" if settings.cache == "device" else "none"
+        why = why or "not on the first rank"
+        raise UserError(f"loader.cache={settings.cache}: {why}; set loader.cache={lower}")
     if cache is None and why:
         tqdm.write(f"loader.cache=auto keeps no images: {why}", sys.stderr)
     return cache
+
+
+def _no_room_on_device(needed: int, settings: Settings, device: torch.device) -> str:
+    """Why not in the device's memory; empty if there."""
+    if settings.cache == "host":
+        return "not asked for"
+    if device.type != "cuda":
+        return "there is no GPU"
+    free, _ = torch.cuda.mem_get_info(device)
+    room = free if settings.cache == "device" else free // 2  # the rest is for training
+    return _no_room(needed, settings, room, "this GPU")
+
+
+def _no_room_on_host(needed: int, settings: Settings) -> str:
+    """Why not in the host's memory; empty if there."""
+    return _no_room(needed, settings, available_memory(), "this node")
+
+
+def _no_room(needed: int, settings: Settings, room: float, where: str) -> str:
+    images, allowed = f"the images take {needed / 1e9:.2g} GB decoded", settings.cache_gigabytes
+    if needed > 1e9 * allowed:
+        return f"{images}, loader.cache_gigabytes allows {allowed:g}"
+    return f"{images}, {where} has {room / 1e9:.2g} GB of memory left" if needed > room else ""
 
 
 def available_memory(root: Path = Path("/")) -> float:
@@ -231,8 +356,3 @@ def available_memory(root: Path = Path("/")) -> float:
     except OSError:  # a system that does not say
         pass
     return left
-
-
-def _pixel_bytes(shards: ShardSet, indices: Indices) -> int:
-    members = np.unique(indices)
-    return int((shards.widths[members] * shards.heights[members] * 3).sum())

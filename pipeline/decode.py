@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
+import torch
+import torch.utils.dlpack
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.reading import Bytes
-
-Pixels = NDArray[np.uint8]
 
 
 class UndecodableError(Exception):
@@ -24,15 +23,15 @@ class UndecodableError(Exception):
 
 
 class Decoder:
-    """JPEG bytes -> RGB pixels (h, w, 3) in the host's memory, equal to the graph's on a CPU to the byte."""
+    """JPEG bytes -> RGB pixels (h, w, 3), equal to the graph's on the same device to the byte."""
 
-    def __init__(self, batch: int, threads: int) -> None:
-        self._batch, self._threads = batch, threads
+    def __init__(self, batch: int, threads: int, gpu: int | None = None) -> None:
+        self._batch, self._threads, self._gpu = batch, threads, gpu
         self._given: Sequence[Bytes] = ()
         self._pipeline: Pipeline | None = None
 
-    def __call__(self, data: Sequence[Bytes]) -> list[Pixels]:
-        """Pixels of each image, at most `batch` of them; views that live as long as one of them is held.
+    def __call__(self, data: Sequence[Bytes]) -> list[torch.Tensor]:
+        """Pixels of each image, at most `batch` of them, on the device; views of one memory.
 
         Raises:
             UndecodableError: naming all that cannot be decoded.
@@ -43,17 +42,17 @@ class Decoder:
             (images,) = self._pipeline.run()
         except RuntimeError:
             self._pipeline = None  # whatever state the error left it in
-            raise UndecodableError(undecodable(data)) from None
+            raise UndecodableError(undecodable(data, self._gpu)) from None
         finally:
             self._given = ()
-        return [np.asarray(images[slot]) for slot in range(len(data))]
+        return [torch.utils.dlpack.from_dlpack(images[slot]) for slot in range(len(data))]
 
     def close(self) -> None:
         """End DALI's threads."""
         self._pipeline = None
 
     def _build(self) -> Pipeline:
-        return _pipeline(lambda: list(self._given), self._batch, self._threads, None)
+        return _pipeline(lambda: list(self._given), self._batch, self._threads, self._gpu)
 
 
 def undecodable(data: Sequence[Bytes], gpu: int | None = None) -> list[int]:

@@ -7,7 +7,8 @@ No operator draws random numbers; every parameter comes in as a tensor from the 
 draw costs it nothing: DALI's conditionals pass it by.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.augment import Parameters
 from pipeline.fused import FusedPass
 
 # One rank's images of a step, encoded (n,) or decoded (h, w, 3), and what `Plan.parameters` gives.
-Inputs = tuple[list[NDArray[np.uint8]], *Parameters]
+Inputs = tuple[Sequence[NDArray[np.uint8] | torch.Tensor], *Parameters]
 
 
 def build(
@@ -38,6 +39,7 @@ def build(
     prefetch: int,
     augmentation: Augment | None = None,
     decoded: bool = False,
+    resident: bool = False,
     dtype: Dtype = "float32",
     channels_last: bool = False,
     gpu: int | None = None,
@@ -51,18 +53,26 @@ def build(
         augmentation: what the parameters were drawn by, and so which operators are needed; None is neither.
         decoded: the source gives RGB pixels (h, w, 3), nothing is decoded here. What it gives is not copied:
             all of it must stay as it is until its batch has come out.
+        resident: the pixels lie on the device already.
         gpu: ordinal of the GPU, None for the CPU.
         one_pass: the fused pass instead of DALI's operators; as the device is, if not given.
     """
     one_pass = gpu is None if one_pass is None else one_pass
     drawn = augmentation or Augment(preset="none")
     occasional = {name for name in ("jpeg", "blur", "cutout") if getattr(drawn, name) * drawn.occasional}
-    wanted = 4 if one_pass or occasional else 3
+    wanted = 3 if one_pass or occasional else 2
     mean255, std255 = 255 * np.array(mean, np.float32), 255 * np.array(std, np.float32)
 
+    # DALI asks for images and for parameters apart, as they may lie on different devices.
+    images_of, parameters_of = tee(_endless(source))
+
     @do_not_convert  # type: ignore[untyped-decorator] # or conditionals rewrite all that the source calls
-    def inputs() -> Any:
-        return source()[:wanted]  # DALI warns of inputs that nothing reads
+    def images_given() -> Any:
+        return next(images_of)[0]
+
+    @do_not_convert  # type: ignore[untyped-decorator]
+    def parameters_given() -> Any:
+        return next(parameters_of)[1 : 1 + wanted]  # DALI warns of inputs that nothing reads
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=batch,
@@ -73,18 +83,25 @@ def build(
         enable_conditionals=bool(occasional),
     )
     def graph() -> Any:
-        given, matrix, colour, *rest = fn.external_source(
-            inputs,
-            num_outputs=wanted,
+        given = fn.external_source(
+            images_given,
+            device="gpu" if resident and gpu is not None else "cpu",
             batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT][:wanted],
-            ndim=[3 if decoded else 1, 2, 2, 1][:wanted],
-            layout=["HWC" if decoded else "", "", "", ""][:wanted],
+            dtype=types.UINT8,
+            ndim=3 if decoded else 1,
+            layout="HWC" if decoded else "",
             # Copying pixels takes as long as decoding them would, in one thread that holds the interpreter.
             no_copy=decoded,
         )
+        matrix, colour, *rest = fn.external_source(
+            parameters_given,
+            num_outputs=wanted,
+            batch=True,
+            dtype=types.FLOAT,
+            ndim=[2, 2, 1][:wanted],
+        )
         flaws = rest[0] if rest else None
-        images = _pixels(given, decoded, gpu)
+        images = _pixels(given, decoded, resident, gpu)
         if "jpeg" in occasional:
             images = _saved_again(images, flaws)
         if one_pass:
@@ -124,10 +141,15 @@ def tensor(
     return given.permute(0, 3, 1, 2) if channels_last else given
 
 
-def _pixels(given: Any, decoded: bool, gpu: int | None) -> Any:
+def _endless(source: Callable[[], Inputs]) -> Iterator[Inputs]:
+    while True:
+        yield source()
+
+
+def _pixels(given: Any, decoded: bool, resident: bool, gpu: int | None) -> Any:
     """RGB (h, w, 3) on the device."""
     if decoded:
-        return given if gpu is None else given.gpu()
+        return given if resident or gpu is None else given.gpu()
     # The hardware decoder rounds differently and takes a varying part of a batch: off, for exact reruns.
     decoder = {"device": "cpu"} if gpu is None else {"device": "mixed", "hw_decoder_load": 0.0}
     return fn.decoders.image(given, output_type=types.RGB, jpeg_fancy_upsampling=True, **decoder)

@@ -13,7 +13,7 @@ from configs.loading import Augment
 from configs.loading import Loader as Settings
 from pipeline import augment, graph
 from pipeline.ahead import Ahead
-from pipeline.cache import Cache, CachedSource, Fetcher
+from pipeline.cache import Cache, CachedSource, DeviceCache, Fetcher
 from pipeline.producer import Producer, Ready, Step
 from pipeline.sampler import (
     Balanced,
@@ -109,6 +109,7 @@ class Loader:
                 prefetch=IN_THE_MAKING,
                 augmentation=augmentation,
                 decoded=cache is not None,
+                resident=isinstance(cache, DeviceCache),
                 dtype=settings.dtype,
                 channels_last=settings.channels_last,
                 gpu=gpu,

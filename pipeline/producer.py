@@ -5,9 +5,9 @@ sampler ──► plan ──► fetch (CRC, substitutes) ──► DALI graph �
 """
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from nvidia.dali.pipeline import Pipeline
@@ -15,6 +15,7 @@ from nvidia.dali.pipeline import Pipeline
 from pipeline import augment, graph
 from pipeline.cache import Fetcher
 from pipeline.decode import undecodable
+from pipeline.reading import Bytes
 from pipeline.sampler import PADDING, Indices
 from pipeline.source import Source
 
@@ -130,7 +131,7 @@ class Producer:
     def _replace_culprits(self, fed: list[_Fed]) -> bool:
         """Replace what cannot be decoded in the first batch that holds any of it; whether there is one."""
         for batch in fed:
-            culprits = batch.shown[undecodable(batch.inputs[0], self._gpu)]
+            culprits = batch.shown[undecodable(cast(Sequence[Bytes], batch.inputs[0]), self._gpu)]
             for index in np.unique(culprits).tolist():
                 self._source.condemn(index)
             if len(culprits):

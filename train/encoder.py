@@ -105,7 +105,11 @@ class Trainer:
             runfolder.describe(experiment)
         loaded = np.concatenate([self.shards.split("train"), self.shards.split("val")])
         self.cache = open_cache(
-            self.shards, loaded, experiment.loader, lambda word: str(first_on_node(word, world))
+            self.shards,
+            loaded,
+            experiment.loader,
+            lambda word: str(first_on_node(word, world)),
+            world.device,
         )
         self.loader = Loader(
             self.shards,

@@ -11,6 +11,7 @@ from PIL import Image
 from configs.loading import Augment
 from configs.loading import Loader as Settings
 from pipeline import augment, graph
+from pipeline.cache import Cache, DeviceCache, open_cache
 from pipeline.loader import Batch, Loader, training_sampler
 from pipeline.source import Source
 from shards.shardset import ShardSet
@@ -19,7 +20,7 @@ SIZE = 48
 SETTINGS = Settings(global_batch=16, size=SIZE, steps_per_epoch=12)
 
 
-def loader(shards: ShardSet, device: torch.device) -> Loader:
+def loader(shards: ShardSet, device: torch.device, cache: Cache | None = None) -> Loader:
     return Loader(
         shards,
         training_sampler(shards, SETTINGS, seed=0, world_size=1),
@@ -30,6 +31,7 @@ def loader(shards: ShardSet, device: torch.device) -> Loader:
         world_size=1,
         device=device,
         threads=2,
+        cache=cache,
     )
 
 
@@ -104,6 +106,25 @@ def test_labels_and_index_are_those_of_the_cpu(tiny_shards: ShardSet, device: to
             assert torch.equal(getattr(mine, name), getattr(other, name).cpu())
         difference = (mine.images - other.images.cpu()).abs().mean((1, 2, 3)) * 255 * SETTINGS.std[0]
         assert difference.max() < 1
+
+
+def test_images_kept_on_the_device_give_the_batches_of_those_decoded_anew(
+    tiny_shards: ShardSet, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = DeviceCache(tiny_shards, tiny_shards.split("train"), device)
+    with loader(tiny_shards, device) as plain, loader(tiny_shards, device, cache) as cached:
+        for epoch in range(4):
+            if epoch == 3:  # by now all have been seen
+                monkeypatch.setattr("pipeline.decode.Decoder.__call__", None)
+            for decoded, kept in zip(plain, cached, strict=True):
+                assert kept.images.device == device and torch.equal(kept.index, decoded.index)
+                assert torch.equal(kept.images, decoded.images)
+    assert cache.has(tiny_shards.split("train")).all()
+
+
+def test_auto_keeps_images_on_the_gpu(tiny_shards: ShardSet, gpu: torch.device) -> None:
+    settings = SETTINGS.model_copy(update={"cache": "auto"})
+    assert isinstance(open_cache(tiny_shards, np.arange(9), settings, device=gpu), DeviceCache)
 
 
 def test_batches_stay_whole_while_the_gpu_is_behind(tiny_shards: ShardSet, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from test_loader import SETTINGS, take, training
 from test_source import damage
 
 from configs.errors import DamagedDataError
-from pipeline.cache import Cache
+from pipeline.cache import HostCache
 from shards.shardset import ShardSet
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_the_callers_thread_reads_nothing(tiny_shards: ShardSet, before: set[str
 @pytest.mark.parametrize("cached", [False, True])
 def test_closing_ends_all(read: str, cached: bool, tiny_shards: ShardSet, before: set[str]) -> None:
     settings = SETTINGS.model_copy(update={"read": read})
-    cache = Cache(tiny_shards, tiny_shards.split("train")) if cached else None
+    cache = HostCache(tiny_shards, tiny_shards.split("train")) if cached else None
     loader = training(tiny_shards, settings=settings, cache=cache)
     batches = take(loader, 3)
     copies = [batch.images.clone() for batch in batches]
@@ -135,10 +135,10 @@ import sys, time, torch
 sys.path.insert(0, "tests/pipeline")
 from pathlib import Path
 from shards.shardset import ShardSet
-from pipeline.cache import Cache
+from pipeline.cache import HostCache
 from test_loader import training
 shards = ShardSet.open(Path(sys.argv[1]))
-kept = Cache(shards, shards.split("train")) if sys.argv[2] == "host" else None
+kept = HostCache(shards, shards.split("train")) if sys.argv[2] == "host" else None
 loader = training(shards, cache=kept)
 print("ready", flush=True)
 held = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
@@ -189,7 +189,7 @@ def resident() -> int:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_memory_stays_flat_over_epochs_and_seeks(cached: bool, tiny_shards: ShardSet) -> None:
-    cache = Cache(tiny_shards, tiny_shards.split("train")) if cached else None
+    cache = HostCache(tiny_shards, tiny_shards.split("train")) if cached else None
     with training(tiny_shards, cache=cache) as loader:
         used = []
         for epoch in range(60):
