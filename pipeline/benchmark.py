@@ -1,33 +1,41 @@
-"""`moleprint bench`: images a second of the loader, and of its peers in the same run on the same images."""
+"""`moleprint bench loader`: images a second of the loader, and of its peers in the same run."""
 
-import os
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
-from functools import partial
-from itertools import count
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.pipeline import Pipeline
 from tqdm import tqdm
 
+from configs.errors import UserError
 from configs.schema import Experiment
-from pipeline import augment, graph
+from pipeline import fused
+from pipeline.contestants import Batches, names, prepare
 from pipeline.environment import environment
-from pipeline.loader import Loader, training_sampler
-from pipeline.peers import torchvision_batches
-from pipeline.sampler import Sampler
 from pipeline.source import Source
 from shards.files import write_json
 from shards.shardset import ShardSet
-from shards.timing import REFERENCE, TURNS, Row, refuse_folder, row, table, take_turns
+from shards.timing import (
+    REFERENCE,
+    TURNS,
+    Row,
+    cpu_seconds,
+    memory,
+    refuse_folder,
+    row,
+    table,
+    take_turns,
+)
 
-# Endless; gives the number of images of each batch once they are on the device.
-Contestant = Generator[int]
+_LOOK = 0.5  # seconds between two looks at the memory of processes
+_COLUMNS = {"first_batch_seconds": "first batch, s", "cpu_seconds_per_1000": "CPU s/1,000", "megabytes": "MB"}
 
 
 def bench(
@@ -35,12 +43,12 @@ def bench(
 ) -> None:
     """Measure the loader and its peers, print a table, and write it as JSON where asked.
 
-    One process, all cores, and the first GPU if there is one. The contestants take turns, so that whatever
-    else the machine does falls on all of them.
+    All cores, and the first GPU if there is one. Each contestant has a process of its own, and they take
+    turns, so that whatever else the machine does falls on all of them.
 
     Args:
         json_file: gets a list of rows `{"name", "images_per_second", "low", "high", "ratio", …}`.
-        warm_up: seconds of each turn that do not count: the turn before may still be filling its queue.
+        warm_up: seconds of each turn that do not count: the turn before may have filled its queue.
         seconds: seconds of each turn that count.
 
     Raises:
@@ -49,158 +57,170 @@ def bench(
     """
     refuse_folder(json_file)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    shards = ShardSet.of(experiment)
-    source = _read_once(shards)
+    shards, settings = ShardSet.of(experiment), experiment.loader
+    _read_once(shards)
+    fused.kernel(settings.dtype, channels_last=settings.channels_last)  # compiled, if it never was
+    left_out: dict[str, str] = {}
     with ExitStack() as stack:
-        contestants = {
-            name: stack.enter_context(closing(contestant))
-            for name, contestant in _contestants(experiment, shards, source, device).items()
-        }
-        rates = take_turns(
-            {
-                name: partial(_turn, contestant, device, warm_up, seconds)
-                for name, contestant in contestants.items()
-            }
-        )
-    rows = [row(name, rates) for name in rates]
-    settings = experiment.loader
+        contestants = {}
+        for name in tqdm(names(device), desc="start", unit="loader"):
+            try:
+                contestant = Contestant(name, experiment, device, warm_up, seconds)
+            except UserError as error:
+                left_out[name] = str(error)
+            else:
+                contestants[name] = stack.enter_context(contestant)
+        rates = take_turns({name: contestant.turn for name, contestant in contestants.items()})
+    rows = [row(name, rates) | contestants[name].figures() for name in rates]
     about = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "size": settings.size,
         "batch": settings.global_batch,
         "turns": TURNS,
         "seconds": seconds,
+        "images": len(shards.split("train")),
+        "bytes_per_image": round(float(shards.sizes[shards.split("train")].mean())),
+        "augment": settings.augment.model_dump(),
         "shards_sha256": shards.sha256,
         "environment": environment(),
     }
-    print("\n".join(_table(rows, about)))
+    print("\n".join(_report(rows, about, left_out)))
     if json_file:
         write_json(json_file, [each | about for each in rows])
 
 
-def _read_once(shards: ShardSet) -> Source:
+class Contestant:
+    """A loader in a process of its own, which waits where it is not its turn."""
+
+    def __init__(
+        self, name: str, experiment: Experiment, device: torch.device, warm_up: float, seconds: float
+    ) -> None:
+        """Start it, and wait for its first batch.
+
+        Raises:
+            UserError: if there is no such loader here, and why.
+        """
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_compete, args=(theirs, name, experiment, device, warm_up, seconds), name=name
+        )
+        self._process.start()
+        theirs.close()
+        self._memory, self._cpu = 0, list[float]()
+        try:
+            self._first = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def turn(self) -> float:
+        """Images a second of a turn; the warm-up does not count."""
+        with suppress(BrokenPipeError):  # it has ended: waiting for its answer tells so
+            self._pipe.send("turn")
+        rate, cpu = self._answer()
+        self._cpu.append(cpu)
+        return float(rate)
+
+    def figures(self) -> Row:
+        """What its rates do not tell."""
+        return {
+            "first_batch_seconds": round(self._first, 3),
+            "cpu_seconds_per_1000": round(median(self._cpu), 3),
+            "megabytes": round(self._memory / 1e6),
+        }
+
+    def close(self) -> None:
+        """End it and all that it started."""
+        self._pipe.close()
+        self._process.join(10)  # seconds; it ends what it started
+        self._process.kill()
+        self._process.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self) -> Any:
+        assert self._process.pid is not None
+        while not self._pipe.poll(_LOOK):
+            self._memory = max(self._memory, memory(self._process.pid))
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise RuntimeError(f"the process of {self._process.name} has ended; see above why") from None
+        self._memory = max(self._memory, memory(self._process.pid))
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+
+def _compete(
+    pipe: Connection, name: str, experiment: Experiment, device: torch.device, warm_up: float, seconds: float
+) -> None:
+    """A contestant's process: first batch, then a turn for each word that comes, until no more can come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
+    try:
+        open_set = prepare(name, experiment, device)
+    except UserError as error:
+        pipe.send(error)
+        return
+    began = perf_counter()
+    with closing(open_set()) as batches:
+        next(batches)
+        _finish(device)
+        pipe.send(perf_counter() - began)
+        while True:
+            try:
+                pipe.recv()
+            except EOFError:
+                return
+            pipe.send(_turn(batches, device, warm_up, seconds))
+
+
+def _turn(batches: Batches, device: torch.device, warm_up: float, seconds: float) -> tuple[float, float]:
+    """Images a second, and CPU seconds of 1,000 images, children included, after the warm-up."""
+    _count(batches, device, warm_up)
+    began, before = perf_counter(), cpu_seconds()
+    images = _count(batches, device, seconds)
+    return images / (perf_counter() - began), 1000 * (cpu_seconds() - before) / images
+
+
+def _count(batches: Batches, device: torch.device, seconds: float) -> int:
+    """Images in at least so many seconds, in whole batches, one or more."""
+    images, began = next(batches), perf_counter()
+    while perf_counter() - began < seconds:
+        images += next(batches)
+    _finish(device)
+    return images
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _read_once(shards: ShardSet) -> None:
     """Check every training image's bytes; from here on all contestants find them in the page cache."""
     source = Source(shards, max_bad=0)
     for index in tqdm(shards.split("train"), desc="read", unit="image"):
         source.fetch(np.array([index]))
-    return source
+    source.close()
 
 
-def _contestants(
-    experiment: Experiment, shards: ShardSet, source: Source, device: torch.device
-) -> dict[str, Contestant]:
-    """All load the same images in the same order and batches, augmented as the configuration says."""
-    settings, seed = experiment.loader, experiment.train.seed
-    cores = len(os.sched_getaffinity(0))
-    threads = settings.threads or cores
-    sampler = training_sampler(shards, settings, seed=seed, world_size=1)
-    loader = Loader(
-        shards,
-        sampler,
-        settings,
-        augmentation=settings.augment,
-        seed=seed,
-        rank=0,
-        world_size=1,
-        device=device,
-        threads=threads,
-    )
-    plain = torchvision_batches(shards, sampler, settings, workers=cores, device=device)
-    contestants = {REFERENCE: (len(images) for images in plain), "moleprint": _batches(loader)}
-    gpu = device.index if device.type == "cuda" else None
-    if gpu is None:  # on a GPU the loader itself uses them
-        operators = graph.build(
-            _inputs(experiment, shards, sampler, source),
-            batch=settings.global_batch,
-            size=settings.size,
-            mean=settings.mean,
-            std=settings.std,
-            threads=threads,
-            prefetch=settings.prefetch,
-            augmentation=settings.augment,
-            dtype=settings.dtype,
-            channels_last=settings.channels_last,
-            one_pass=False,
-        )
-        contestants["moleprint, DALI operators"] = _runs(operators)
-    inputs = _inputs(experiment, shards, sampler, source)
-    contestants["decode only"] = _runs(
-        _decoder(inputs, settings.global_batch, threads, settings.prefetch, gpu)
-    )
-    return contestants
-
-
-def _inputs(
-    experiment: Experiment, shards: ShardSet, sampler: Sampler, source: Source
-) -> Callable[[], graph.Inputs]:
-    """What the loader feeds its graph, batch after batch."""
-    settings, seed, steps = experiment.loader, experiment.train.seed, count()
-
-    def inputs() -> graph.Inputs:
-        epoch, step = divmod(next(steps), sampler.steps)
-        data, index = source.fetch(sampler.batch(epoch, step))
-        plan = augment.draw(settings.augment, len(index), seed=seed, epoch=epoch, step=step)
-        return data, *plan.parameters(shards.widths[index], shards.heights[index], settings.size)
-
-    return inputs
-
-
-def _decoder(
-    inputs: Callable[[], graph.Inputs], batch: int, threads: int, prefetch: int, gpu: int | None
-) -> Pipeline:
-    """Decodes and does nothing else: as fast as any pipeline with this decoder can be."""
-
-    @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=prefetch
-    )
-    def decode() -> Any:
-        encoded = fn.external_source(lambda: inputs()[0], batch=True, dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(encoded, device="cpu" if gpu is None else "mixed", output_type=types.RGB)
-
-    pipeline: Pipeline = decode()
-    pipeline.build()
-    return pipeline
-
-
-def _batches(loader: Loader) -> Contestant:
-    while True:
-        for batch in loader.epoch():
-            yield len(batch.index)
-
-
-def _runs(pipeline: Pipeline) -> Contestant:
-    while True:
-        (images,) = pipeline.run()
-        yield len(images)
-
-
-def _turn(contestant: Contestant, device: torch.device, warm_up: float, seconds: float) -> float:
-    """Images a second of a turn: the first batch, which may start processes, and the warm-up do not count."""
-    next(contestant)
-    _rate(contestant, device, warm_up)
-    return _rate(contestant, device, seconds)
-
-
-def _rate(contestant: Contestant, device: torch.device, seconds: float) -> float:
-    """Images a second over at least so many seconds, in whole batches."""
-    images, started = 0, perf_counter()
-    while perf_counter() - started < seconds:
-        images += next(contestant)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return images / (perf_counter() - started)
-
-
-def _table(rows: list[Row], about: dict[str, Any]) -> list[str]:
+def _report(rows: Sequence[Row], about: dict[str, Any], left_out: dict[str, str]) -> list[str]:
     """The rows, aligned, with what they mean."""
-    cores, size = about["environment"]["cores"], about["size"]
-    lines = [
-        f"{about['device']}, {cores} cores, {size} × {size} pixels, batches of {about['batch']}",
-        *table(rows),
-    ]
+    cores, size, kilobytes = about["environment"]["cores"], about["size"], about["bytes_per_image"] / 1000
     turns = f"Medians of {about['turns']} turns of {about['seconds']:g} s, taken in rotation"
+    head = f"{about['device']}, {cores} cores, {about['images']:,} JPEGs of {kilobytes:,.0f} kB"
     return [
-        *lines,
+        f"{head}, {size} × {size} pixels out, batches of {about['batch']}",
+        *table(rows, more=_COLUMNS),
+        *(f"left out: {name}: {why}" for name, why in left_out.items()),
         f"{turns}; the interval of a median spans all turns.",
-        f"{REFERENCE}: DataLoader with a worker a core, Pillow, torchvision transforms.",
+        f"{REFERENCE}: DataLoader with a worker a core, Pillow, torchvision's first transforms.",
+        "first batch: from opening the set, all imports done. CPU and MB count child processes too;",
+        "MB is the most memory held at once, without files (libraries, mapped shards).",
     ]

@@ -275,7 +275,10 @@ def _augment_into(out, ins, in_shapes):  # type: ignore[no-untyped-def]
 
 
 # What numba caches of an inner function is kept apart by the plain values that it closes over.
-def _run(stored: type[np.generic], channels_last: bool) -> Any:
+def kernel(dtype: Dtype, *, channels_last: bool) -> Any:
+    """The function that DALI calls for each image, compiled the first time on a machine: some seconds."""
+    stored = STORED[dtype]
+
     @numba.cfunc(_RUN, cache=True)
     def run(outs, out_shapes, _out_ndims, _n_out, ins, in_shapes, _in_ndims, _n_in):  # type: ignore[no-untyped-def]
         address = numba.carray(_pointer(outs), 1, np.uint64)[0]
@@ -309,7 +312,7 @@ class FusedPass(NumbaFunction):  # type: ignore[misc]
     def __init__(self, size: int, dtype: Dtype, *, channels_last: bool) -> None:
         shape = (size, size, 3) if channels_last else (3, size, size)
         self._functions = (
-            _run(STORED[dtype], channels_last),
+            kernel(dtype, channels_last=channels_last),
             _setup(*shape),
         )  # kept alive as long as the operator
         super().__init__(

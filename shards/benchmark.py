@@ -24,7 +24,7 @@ from shards.encode import encode
 from shards.files import write_json, writing
 from shards.pack import pack
 from shards.peers import Photograph
-from shards.timing import REFERENCE, TURNS, Row, refuse_folder, row, table, take_turns
+from shards.timing import REFERENCE, TURNS, Row, family, refuse_folder, row, table, take_turns
 from shards.verify import verify
 
 PASS, AGAIN, LARGE = "pass-through", "re-encode 512 to 256", "3000 × 2000 to 256, one core"
@@ -231,18 +231,14 @@ def _memory(drawn: Drawn, images: int, scratch: Path) -> Row:
 
 def _peaks(parent: int) -> list[tuple[int, int]]:
     """Most resident memory so far of a process and of all below it: (process id, KiB)."""
-    found, left = [], [parent]
-    while left:
-        folder = Path(f"/proc/{left[-1]}")
+    found = []
+    for process in family(parent):
         try:
-            status = (folder / "status").read_text().split("VmHWM:")
-            children = [of_thread.read_text().split() for of_thread in folder.glob("task/*/children")]
+            status = Path(f"/proc/{process}/status").read_text().split("VmHWM:")
         except OSError:  # it has ended
-            status, children = [], []
-        pid = left.pop()
+            continue
         if len(status) == 2:
-            found.append((pid, int(status[1].split()[0])))
-        left += [int(child) for of_thread in children for child in of_thread]
+            found.append((process, int(status[1].split()[0])))
     return found
 
 
