@@ -123,22 +123,31 @@ BENCH = "Measure, with peers in the same run on the same images."
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
 
-    loader = subjects.add_parser(
-        "loader",
-        help="images/s of the loader beside a plain PyTorch one",
-        epilog=f"fields (section.key=value):\n\n{describe(('pack', 'loader', 'train'))}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loader.add_argument("config", type=Path, metavar="CONFIG", help="YAML file whose shard set is read")
-    loader.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
-    loader.set_defaults(action=_bench_loader)
+    def add(
+        name: str, text: str, sections: Sequence[str], action: Callable[[argparse.Namespace], None]
+    ) -> argparse.ArgumentParser:
+        subject = subjects.add_parser(
+            name,
+            help=text,
+            epilog=f"fields (section.key=value):\n\n{describe(sections)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subject.add_argument("config", type=Path, metavar="CONFIG", help="YAML file whose shard set is read")
+        subject.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+        subject.set_defaults(action=action)
+        return subject
+
+    text = "images/s, CPU time and memory of the loader beside PyTorch's, webdataset's and DALI's own"
+    loader = add("loader", text, ("pack", "loader", "train"), _bench_loader)
+    text = "share of a training step spent waiting for data, beside the step on a resident batch"
+    step = add("step", text, ("pack", "loader", "model", "loss", "train"), _bench_step)
 
     shards = subjects.add_parser("shards", help="images/s of packing beside ShardWriter, tar and Pillow")
     shards.add_argument(
         "--images", type=int, default=12000, metavar="N", help="images that are made up for it; default 12000"
     )
     shards.set_defaults(action=_bench_shards)
-    for subject in (loader, shards):
+    for subject in (loader, step, shards):
         subject.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
 
 
@@ -178,6 +187,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _bench_loader(options: argparse.Namespace) -> None:
     from pipeline.benchmark import bench
+
+    bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    from train.benchmark import bench
 
     bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
 
