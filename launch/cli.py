@@ -110,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("inspect", "show what a shard set holds: a table, and a contact sheet of its images")
     verb.add_argument("set", type=Path, metavar="SET", help="shard set, or a configuration that names one")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to a configuration")
+    verb.add_argument(
+        "--augmented", action="store_true", help="show training images beside their augmented versions"
+    )
     verb.add_argument("--sheet", type=Path, metavar="FILE", help="PNG to write; SET.png if not given")
     verb.set_defaults(action=_inspect)
 
@@ -177,11 +180,28 @@ def _inspect(options: argparse.Namespace) -> None:
 
     folder: Path | str = options.set
     if options.set.is_file() or options.overrides:
-        folder = stages.Call.of(options.set, options.overrides).experiment.pack.output
+        experiment = stages.Call.of(options.set, options.overrides).experiment
+        folder = experiment.pack.output
+        if options.augmented:
+            _inspect_augmented(experiment, options.sheet)
+            return
+    if options.augmented:
+        raise UserError(f"{folder}: --augmented needs a configuration, which says how; give its YAML file")
     shards = ShardSet.open(folder)
     sheet = options.sheet or shards.folder.with_name(f"{shards.folder.name}.png")
     print("\n".join(describe(shards)))
     contact_sheet(shards, sheet)
+    print(f"contact sheet: {sheet}")
+
+
+def _inspect_augmented(experiment: Experiment, sheet: Path | None) -> None:
+    from pipeline.augmented import augmented_sheet, strengths
+    from shards.shardset import ShardSet
+
+    shards = ShardSet.of(experiment)
+    sheet = sheet or shards.folder.with_name(f"{shards.folder.name}-augmented.png")
+    print(strengths(experiment.loader.augment))
+    augmented_sheet(shards, experiment.loader, sheet, seed=experiment.train.seed)
     print(f"contact sheet: {sheet}")
 
 

@@ -28,7 +28,7 @@ LEAST_WIDTH = 480
 """Pixels of the sheet, so that a notice stays legible above a single column of tiles."""
 WHITE, INK, GREY, PALE = (255, 255, 255), (34, 34, 34), (110, 110, 110), (238, 238, 238)
 BLUE, RED, PINK = (120, 144, 168), (178, 58, 58), (250, 226, 226)
-_PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "’": "'", "‘": "'", "ß": "ss"})
+_PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "’": "'", "‘": "'", "ß": "ss", "±": "+/-"})
 
 
 class Band(NamedTuple):
@@ -76,14 +76,14 @@ def contact_sheet(shards: ShardSet, path: Path, *, columns: int = 8, rows: int =
         raise ValueError(f"columns {columns}, rows {rows} and tile {tile} must be positive")
     bands, remarks = plan_bands(shards, columns=columns, rows=rows, tile=tile)
     width = max(2 * MARGIN + columns * (tile + GAP) - GAP, LEAST_WIDTH)
-    head = _head(shards, remarks, width - 2 * MARGIN)
-    top = MARGIN + sum(line.height for line in head) + BETWEEN
+    lines = head(shards, remarks, width - 2 * MARGIN)
+    top = MARGIN + sum(line.height for line in lines) + BETWEEN
     height = top + sum(_height(len(band.shown), columns, tile) for band in bands) + MARGIN - BETWEEN
     sheet = Image.new("RGB", (width, height), WHITE)
     draw = ImageDraw.Draw(sheet)
     y = MARGIN
-    for line in head:
-        draw.text((MARGIN, y), line.text, line.colour, _font(line.size))
+    for line in lines:
+        draw.text((MARGIN, y), line.text, line.colour, typeface(line.size))
         y += line.height
     y = top
     for band in bands:
@@ -173,7 +173,7 @@ def shortened(text: str, font: Font, width: float) -> str:
     return ""
 
 
-def _head(shards: ShardSet, remarks: Sequence[str], width: int) -> list[Line]:
+def head(shards: ShardSet, remarks: Sequence[str], width: int) -> list[Line]:
     """Title, counts, remarks and notice, wrapped to `width` pixels."""
     folder = shards.folder.resolve()
     counts = (len(shards), "image"), (len(shards.group_names), "group")
@@ -184,7 +184,7 @@ def _head(shards: ShardSet, remarks: Sequence[str], width: int) -> list[Line]:
         *(Line(notice, 14, RED) for notice in shards.notice.splitlines()),
     ]
     return [
-        line._replace(text=text) for line in texts for text in _wrapped(line.text, _font(line.size), width)
+        line._replace(text=text) for line in texts for text in wrapped(line.text, typeface(line.size), width)
     ]
 
 
@@ -203,10 +203,10 @@ def _draw_band(
     tile: int,
 ) -> None:
     draw.rectangle((MARGIN, y, MARGIN + 3, y + 17), RED if band.positive else BLUE)
-    caption = shortened(_plain(band.caption), _font(16), sheet.width - 2 * MARGIN - 12)
-    draw.text((MARGIN + 12, y), caption, INK, _font(16))
-    small = _font(min(11, max(tile // 6, 6)))
-    for place, (index, image) in enumerate(zip(band.shown, _tiles(shards, band.shown, tile), strict=True)):
+    caption = shortened(plain(band.caption), typeface(16), sheet.width - 2 * MARGIN - 12)
+    draw.text((MARGIN + 12, y), caption, INK, typeface(16))
+    small = typeface(min(11, max(tile // 6, 6)))
+    for place, (index, image) in enumerate(zip(band.shown, tiles(shards, band.shown, tile), strict=True)):
         row, column = divmod(place, columns)
         x, top = MARGIN + column * (tile + GAP), y + CAPTION + row * (tile + KEY)
         if image:
@@ -214,11 +214,12 @@ def _draw_band(
         else:
             draw.rectangle((x, top, x + tile - 1, top + tile - 1), PINK)
             draw.text((x + tile // 2, top + tile // 2), shortened("damaged", small, tile), RED, small, "mm")
-        key = shortened(_plain(shards.keys[index]), small, tile)
+        key = shortened(plain(shards.keys[index]), small, tile)
         draw.text((x + tile // 2, top + tile + 2), key, GREY, small, "ma")
 
 
-def _tiles(shards: ShardSet, indices: Ints, side: int) -> Iterator[Image.Image | None]:
+def tiles(shards: ShardSet, indices: Ints, side: int) -> Iterator[Image.Image | None]:
+    """Each sample's `make_tile`."""
     for n in indices:
         try:
             with shards.paths[shards.shard[n]].open("rb") as file:
@@ -229,20 +230,22 @@ def _tiles(shards: ShardSet, indices: Ints, side: int) -> Iterator[Image.Image |
         yield make_tile(data, int(shards.crc32[n]), side)
 
 
-def _font(size: int) -> Font:
+def typeface(size: int) -> Font:
+    """Pillow's own, so that the same set gives the same picture anywhere; size in pixels."""
     return ImageFont.load_default(size=size)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line of the characters that Pillow's own font can draw; '?' for others."""
     bare = unicodedata.normalize("NFKD", " ".join(text.translate(_PLAIN).replace("…", "...").split()))
     kept = (c for c in bare if not unicodedata.combining(c))
     return "".join(c if " " <= c <= "~" or c == "·" else "?" for c in kept)
 
 
-def _wrapped(text: str, font: Font, width: int) -> list[str]:
+def wrapped(text: str, font: Font, width: int) -> list[str]:
+    """Lines that fit `width` pixels."""
     lines = [""]
-    for word in _plain(text).split():
+    for word in plain(text).split():
         longer = f"{lines[-1]} {word}".lstrip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

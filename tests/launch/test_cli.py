@@ -121,6 +121,14 @@ def test_inspect_shows_a_set_by_its_folder_or_configuration(folder: Path, molepr
     assert by_config.out == by_folder.out and "melanoma" in by_config.out
 
 
+def test_inspect_shows_augmentation_by_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = moleprint("inspect", DEMO, *tiny(folder), "--augmented")
+    assert done.status == 0 and "rotation ±30 degrees" in done.out, done.err
+    assert (folder / "shards-augmented.png").read_bytes().startswith(b"\x89PNG")
+    done = moleprint("inspect", folder / "shards", "--augmented", "--sheet", tmp_path / "sheet.png")
+    assert done.status == 2 and "--augmented needs a configuration" in done.err
+
+
 def test_predict_agrees_with_the_report(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A run folder alone gives the test set's images the probabilities that the report gave them."""
     shutil.copytree(folder / "run", tmp_path / "run")
@@ -144,11 +152,12 @@ def test_a_broken_image_is_named_to_predict(folder: Path, moleprint, tmp_path: P
 def test_bench_writes_its_rows(  # type: ignore[no-untyped-def]
     folder: Path, moleprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.benchmark import bench
+    from pipeline import benchmark
 
-    assert bench.__kwdefaults__
+    assert benchmark.bench.__kwdefaults__
     for wait in ("warm_up", "seconds"):
-        monkeypatch.setitem(bench.__kwdefaults__, wait, 0.01)
+        monkeypatch.setitem(benchmark.bench.__kwdefaults__, wait, 0.01)
+    monkeypatch.setattr(benchmark, "names", lambda _: ["reference", "moleprint"])
     done = moleprint("bench", "loader", DEMO, *tiny(folder), "--json", tmp_path / "rows.json")
     assert done.status == 0, done.err
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
