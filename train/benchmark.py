@@ -23,7 +23,12 @@ OURS = "moleprint"
 
 
 def bench(
-    experiment: Experiment, json_file: Path | None, *, warm_up: float = 2.0, seconds: float = 5.0
+    experiment: Experiment,
+    json_file: Path | None,
+    *,
+    warm_up: float = 2.0,
+    seconds: float = 5.0,
+    turns: int = TURNS,
 ) -> None:
     """Measure training steps fed by the loader beside the same steps on one batch that is always there.
 
@@ -34,6 +39,7 @@ def bench(
         json_file: gets a list of rows `{"name", "images_per_second", "low", "high", "ratio", …}`.
         warm_up: seconds of each turn that do not count: the turn before let the loader get ahead.
         seconds: seconds of each turn that count.
+        turns: how often each is measured.
 
     Raises:
         UserError: if there is no shard set, or the configuration cannot be trained.
@@ -48,7 +54,7 @@ def bench(
                 REFERENCE: _Turns(trainer, repeat(next(batches)), warm_up, seconds),
                 OURS: _Turns(trainer, batches, warm_up, seconds),
             }
-            rates = take_turns({name: turns.turn for name, turns in contestants.items()})
+            rates = take_turns({name: each.turn for name, each in contestants.items()}, turns)
         device = here.device
     about = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -57,7 +63,7 @@ def bench(
         "size": experiment.loader.size,
         "batch": experiment.loader.global_batch,
         "cache": experiment.loader.cache,
-        "turns": TURNS,
+        "turns": turns,
         "seconds": seconds,
         "shards_sha256": trainer.shards.sha256,
         "environment": environment(),
