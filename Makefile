@@ -44,11 +44,19 @@ lock: | $(UV) ## renew requirements.lock from pyproject.toml, keeping the three 
 	  --extra dev --constraint /dev/stdin --custom-compile-command 'make lock' \
 	  --output-file requirements.lock pyproject.toml
 
-gpu-check: setup ## on a machine with a GPU: its tests and benchmarks, a short table last
+OUT ?= runs/gpu-check
+BENCH := configs/demo.yaml pack.output=data/demo/shards-256 pack.encode.size=256 loader.size=256 \
+  loader.global_batch=256 loader.dtype=bfloat16 loader.channels_last=true model.backbone=resnet50 \
+  train.precision=auto
+
+gpu-check: setup ## on a machine with a GPU: its tests and benchmarks, short tables last; files in OUT
 	$(BIN)/python -m pytest tests/gpu -rs
 	test -e data/demo/images/metadata.csv || $(BIN)/moleprint synthesize configs/demo.yaml
-	test -e data/demo/shards/dataset.json || $(BIN)/moleprint pack configs/demo.yaml
-	$(BIN)/moleprint bench loader configs/demo.yaml --json "$${OUT:-runs/gpu-check}/loader.json"
+	test -e data/demo/shards-256/dataset.json || $(BIN)/moleprint pack $(BENCH)
+	mkdir -p "$(OUT)"
+	$(BIN)/moleprint bench loader $(BENCH) --json "$(OUT)/loader.json" > "$(OUT)/loader.txt"
+	$(BIN)/moleprint bench step $(BENCH) --json "$(OUT)/step.json" > "$(OUT)/step.txt"
+	@cat "$(OUT)/loader.txt" && echo && cat "$(OUT)/step.txt"
 
 clean: ## remove .venv, caches, the demo's data and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info data/demo runs/demo runs/gpu-check

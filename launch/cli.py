@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends it with status 2 and one line a mistake."""
     if not sys.stderr.isatty():  # a log file: a progress line now and then, not ten a second
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.action(options)
     except UserError as error:
@@ -61,6 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; changes to the configuration may come before and after others, which argparse cannot."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

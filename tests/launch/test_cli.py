@@ -122,8 +122,8 @@ def test_inspect_shows_a_set_by_its_folder_or_configuration(folder: Path, molepr
 
 
 def test_inspect_shows_augmentation_by_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    done = moleprint("inspect", DEMO, *tiny(folder), "--augmented")
-    assert done.status == 0 and "rotation ±30 degrees" in done.out, done.err
+    done = moleprint("inspect", DEMO, *tiny(folder), "--augmented", "loader.augment.rotation=40")
+    assert done.status == 0 and "rotation ±40 degrees" in done.out, done.err
     assert (folder / "shards-augmented.png").read_bytes().startswith(b"\x89PNG")
     done = moleprint("inspect", folder / "shards", "--augmented", "--sheet", tmp_path / "sheet.png")
     assert done.status == 2 and "--augmented needs a configuration" in done.err
