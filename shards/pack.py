@@ -35,6 +35,7 @@ from shards.tar import Sample, Shard, finish_shard
 from shards.workers import Crew
 
 _VERSION = 1  # of how shards are written: a change of it writes all anew
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[str, Any]:
@@ -205,6 +206,8 @@ def _samples_of(
     work: Path,
 ) -> list[Sample]:
     records, samples = plan.records, []
+    chunks = sorted({int(row) // CHUNK for row in plan.rows[images]})
+    paths = {chunk: tuple(map(str, chunk_paths(work, chunk))) for chunk in chunks}
     for place, metadata in enumerate(records.metadata[images].to_pylist(), start=images.start):
         row, label = int(plan.rows[place]), int(records.labels[place])
         info = {
@@ -216,9 +219,8 @@ def _samples_of(
             **({"source": records.sources[place]} if records.sources[place] else {}),
             "metadata": metadata,
         }
-        chunk = row // CHUNK
-        ref, listing = payload(work, chunk, facts[row], refs[row]), chunk_paths(work, chunk)[1]
-        text = json.dumps(info, ensure_ascii=False, allow_nan=False)
+        data, listing = paths[row // CHUNK]
+        ref, text = payload(data, facts[row], refs[row]), _JSON.encode(info)
         samples.append(Sample(records.keys[place], ref, facts[row].crc32, listing, label, text.encode()))
     return samples
 

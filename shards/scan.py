@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.packing import Encode
 from shards.encode import Encoded, encode
 from shards.files import atomic, write_text
-from shards.images import Ref, read, stamp
+from shards.images import Ref, read
 from shards.near import perceptual_hash
 
 VERSION = 1
@@ -136,9 +136,6 @@ def _hash(encoded: Encoded) -> str:
     return "" if encoded.grey is None else perceptual_hash(encoded.grey).hex()
 
 
-def payload(folder: Path, chunk: int, fact: Fact, ref: Ref) -> Ref:
-    """Where a scanned image's JPEG lies now."""
-    if not fact.encoded:
-        return ref
-    data = chunk_paths(folder, chunk)[0]
-    return Ref(str(data), ref.name, stamp(data.stat()), fact.offset, fact.size)
+def payload(data: str, fact: Fact, ref: Ref) -> Ref:
+    """Where a scanned image's JPEG lies now, `data` being the .bin of its chunk."""
+    return Ref(data, ref.name, "", fact.offset, fact.size) if fact.encoded else ref

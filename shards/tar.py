@@ -27,8 +27,8 @@ class Sample(NamedTuple):
     """Where its JPEG lies."""
     crc32: int
     """Of its JPEG when it was looked at."""
-    listing: Path
-    """What was found then; deleted if it is no longer true, so that the next run looks again."""
+    listing: str
+    """File of what was found then; deleted if it is no longer true, so that the next run looks again."""
     label: int
     info: bytes
     """Content of `KEY.json`."""
@@ -110,10 +110,10 @@ def _write_sample(file: _Summed, sample: Sample) -> list[Member]:
     try:
         jpeg = read(sample.ref)
     except UserError as error:
-        sample.listing.unlink(missing_ok=True)
+        Path(sample.listing).unlink(missing_ok=True)
         raise UserError(f"{sample.ref.name}: {error}; run the same command again") from None
     if zlib.crc32(jpeg) != sample.crc32:
-        sample.listing.unlink(missing_ok=True)
+        Path(sample.listing).unlink(missing_ok=True)
         raise UserError(f"{sample.ref.name}: changed while it was being packed; run the same command again")
     payloads = (jpeg, str(sample.label).encode(), sample.info)
     members, blocks, start = [], [], file.size
