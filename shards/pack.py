@@ -56,21 +56,23 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
     """
     output = Output.of(settings)
     continued = not part.alone or output.work.exists()  # perhaps ended just before the work was deleted
-    if not (continued and output.packed()):
-        output.refuse_existing()
-        records = read(settings)
-        make_plan(settings, records)
-    with output.working(part, fingerprint(settings)), Crew(settings.workers) as crew:
-        if output.packed():
-            check_made_by(output.manifest(), settings, output.place)
-            return output.manifest()
-        refs = _locate(settings, records, output.work)
-        chunks = _scan(settings, refs, output, part, crew, progress)
-        facts = [fact for chunk in chunks for fact in chunk.facts]
-        rejected = _rejected(settings, records, refs, facts, output)
-        plan = make_plan(settings, records, facts)
-        shards = _write(plan, settings, refs, facts, output, part, crew, progress)
-        _once(output, lambda: _conclude(settings, records, plan, facts, shards, rejected, output))
+    with Crew(settings.workers) as crew:
+        if not (continued and output.packed()):
+            output.refuse_existing()
+            crew.start(scan.__module__, finish_shard.__module__)
+            records = read(settings)
+            make_plan(settings, records)
+        with output.working(part, fingerprint(settings)), crew:
+            if output.packed():
+                check_made_by(output.manifest(), settings, output.place)
+                return output.manifest()
+            refs = _locate(settings, records, output.work)
+            chunks = _scan(settings, refs, output, part, crew, progress)
+            facts = [fact for chunk in chunks for fact in chunk.facts]
+            rejected = _rejected(settings, records, refs, facts, output)
+            plan = make_plan(settings, records, facts)
+            shards = _write(plan, settings, refs, facts, output, part, crew, progress)
+            _once(output, lambda: _conclude(settings, records, plan, facts, shards, rejected, output))
     return output.manifest()
 
 

@@ -1,5 +1,6 @@
 """Tasks in worker processes that end with their parent, whatever ends it. Light to import."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Crew:
-    """Worker processes, started at the first task and kept for the next ones."""
+    """Worker processes, started at the first task or before, and kept for the next ones."""
 
     def __init__(self, workers: int) -> None:
         """
@@ -28,6 +29,7 @@ class Crew:
         self._others = set(multiprocessing.active_children())
 
     def __enter__(self) -> "Crew":
+        """May be entered within itself: the innermost block's end ends the workers."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -38,6 +40,18 @@ class Crew:
             for worker in set(multiprocessing.active_children()) - self._others:
                 worker.terminate()
         self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def start(self, *modules: str) -> None:
+        """Let the workers start and import `modules` while this process does something else."""
+        if self._workers == 1 or self._pool is not None:
+            return
+        # Forked from a process that has imported all this once, and has no threads whose locks a fork copies.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", *modules])
+        self._pool = ProcessPoolExecutor(self._workers, context, initializer=_end_with_parent)
+        for _ in range(self._workers):
+            self._pool.submit(importlib.import_module, __name__)  # it starts a worker for a task, not before
 
     def in_order(
         self, function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]]
@@ -54,10 +68,8 @@ class Crew:
         if self._workers == 1:
             yield from (function(*task) for task in tasks)
             return
-        if self._pool is None:
-            # A fork would copy locks that the caller's threads hold.
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, spawn, initializer=_end_with_parent)
+        self.start(function.__module__)
+        assert self._pool is not None
         ahead: deque[Future[Result]] = deque()
         try:
             for task in tasks:
