@@ -94,7 +94,7 @@ def test_featureless_images_are_near_nothing() -> None:
     assert pairs.tolist() == [[4, 8]] and distances.tolist() == [0]
 
 
-@pytest.mark.parametrize("count", [2, 3, 257, 700])  # within a block of rows, one more, several
+@pytest.mark.parametrize("count", [2, 3, 33, 700])  # within a block of rows, one more, several
 @pytest.mark.parametrize("distance", [0, 1, 24, 40, 100])
 def test_all_pairs_are_found(count: int, distance: int) -> None:
     hashes = planted(count, seed=count)
@@ -102,6 +102,15 @@ def test_all_pairs_are_found(count: int, distance: int) -> None:
     found = [(*pair, bits) for pair, bits in zip(pairs.tolist(), distances.tolist(), strict=True)]
     assert found == slow_pairs(hashes, distance)
     assert pairs.dtype == distances.dtype == np.int64
+
+
+@pytest.mark.parametrize("distance", [30, 100])
+def test_pairs_are_found_beyond_a_block(distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = planted(150, seed=1)
+    pairs, distances = near_pairs(hashes, distance)
+    monkeypatch.setattr("shards.near._COLUMNS", 7)
+    for one, other in zip(near_pairs(hashes, distance), (pairs, distances), strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -112,7 +121,7 @@ def test_fewer_than_two_images_have_no_pair(count: int) -> None:
 
 
 def test_a_small_set_may_be_all_alike() -> None:
-    """Up to the limit, more pairs than the first buffer holds."""
+    """Up to the limit."""
     pairs, _ = near_pairs(np.repeat(planted(1, 0), 101, axis=0), 0)
     assert len(pairs) == 50 * 101
     assert pairs.tolist() == [[i, j] for i in range(101) for j in range(i + 1, 101)]
