@@ -85,7 +85,7 @@ def complete(
     folder: Path,
     part: Part,
     crew: Crew,
-    report: Callable[[Result], None],
+    report: Callable[[Result], object],
 ) -> list[Result]:
     """The results of all jobs, in order: found finished, done here, or done by the other packers.
 

@@ -100,17 +100,17 @@ def fingerprint(settings: Pack) -> str:
 def _sources(settings: Pack) -> dict[str, Any]:
     return {
         name: {
-            "table": _file(source.table),
-            "more_tables": [_file(path) for path in source.more_tables],
+            "table": _file(source.table, "table"),
+            "more_tables": [_file(path, "more_tables") for path in source.more_tables],
             "images": Path(source.images).name,
-            "duplicates": _file(source.duplicates),
+            "duplicates": _file(source.duplicates, "duplicates"),
         }
         for name, source in settings.each_source.items()
     }
 
 
 def _split_files(settings: Pack) -> dict[str, Any]:
-    return {name: _file(path) for name, path in settings.split_files.items()}
+    return {name: _file(path, "split_files") for name, path in settings.split_files.items()}
 
 
 def _notice(settings: Pack) -> dict[str, str]:
@@ -121,8 +121,15 @@ def _notice(settings: Pack) -> dict[str, str]:
     return {"notice": text} if text else {}
 
 
-def _file(path: Path | None) -> dict[str, str] | None:
-    return {"name": path.name, "sha256": sha256(path)} if path else None
+def _file(path: Path | None, key: str) -> dict[str, str] | None:
+    if path is None:
+        return None
+    try:
+        return {"name": path.name, "sha256": sha256(path)}
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; correct pack.{key}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); see pack.{key}") from None
 
 
 def _settings(settings: Pack) -> dict[str, Any]:

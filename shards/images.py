@@ -77,6 +77,17 @@ def locate(ids: Sequence[str], images: str, scratch: Path) -> list[Ref]:
     return located
 
 
+def is_web(images: str) -> bool:
+    """Whether a place is WebDataset shards, not a folder or a single archive."""
+    several = "://" in images or "{" in images or "::" in images or images.endswith((".tar.gz", ".tgz"))
+    return several and not Path(images).is_dir()
+
+
+def is_local_tar(shard: str) -> bool:
+    """Whether a shard's images can be read where they lie."""
+    return shard.endswith(".tar") and Path(shard).is_file()
+
+
 def read(ref: Ref) -> bytes:
     """The encoded bytes.
 
@@ -125,15 +136,11 @@ def _entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:
     kind = path.suffix.lower()
     if path.is_dir():
         yield from _in_folder(path)
-    elif "://" in images or "{" in images or "::" in images or images.endswith((".tar.gz", ".tgz")):
+    elif is_web(images):
         from shards import webshards
 
         for shard in webshards.expand(images):
-            yield from (
-                _in_tar(Path(shard))
-                if Path(shard).is_file() and shard.endswith(".tar")
-                else (webshards.staged(shard, scratch))
-            )
+            yield from _in_tar(Path(shard)) if is_local_tar(shard) else webshards.staged(shard, scratch)
     elif not path.is_file():
         raise UserError(
             f"{images}: no such folder or file; set pack.images to the folder or archive of the images"

@@ -1,6 +1,6 @@
 """Duplicates: those listed, exact ones by content, near ones by perceptual hash; and what crosses splits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,10 @@ def join(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("rows", "kinds", "distances")))
 
 
-def duplicates(facts: Sequence[Fact], distance: int | None) -> Pairs:
+Search = Callable[[NDArray[np.uint64], int], tuple[Ints, Ints]]
+
+
+def duplicates(facts: Sequence[Fact], distance: int | None, search: Search = near_pairs) -> Pairs:
     """Exact and near duplicates among scanned images.
 
     Of k equal images the first is paired with each other one; near pairs are sought among the firsts.
@@ -46,6 +49,7 @@ def duplicates(facts: Sequence[Fact], distance: int | None) -> Pairs:
     Args:
         facts: what was found of each image.
         distance: most bits of 256 in which the hashes of near duplicates differ; None seeks exact ones only.
+        search: what finds the near ones.
 
     Raises:
         UserError: if the distance ties images without end.
@@ -61,7 +65,7 @@ def duplicates(facts: Sequence[Fact], distance: int | None) -> Pairs:
         unlike = FEATURELESS.hex()
         rows = np.array([n for n in first.values() if facts[n].hash not in ("", unlike)], dtype=np.int64)
         raw = b"".join(bytes.fromhex(facts[n].hash) for n in rows)
-        near, bits = near_pairs(np.frombuffer(raw, np.uint64).reshape(len(rows), -1), distance)
+        near, bits = search(np.frombuffer(raw, np.uint64).reshape(len(rows), -1), distance)
         pairs.append(Pairs.of(rows[near], "near", bits))
     return join(pairs)
 

@@ -8,12 +8,14 @@ and most of the others about 128 apart, as two lesions are: only a group column 
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import UserError
+from shards.files import atomic
 
 HASH_BITS = 256
 FEATURELESS = bytes(HASH_BITS // 8)
@@ -103,6 +105,23 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> tuple[NDArray[np.in
     one, other, bits = np.concatenate(parts, axis=1)
     order = np.lexsort((other, one))
     return rows[np.stack([one, other], axis=1)[order]], bits[order]
+
+
+def find_pairs(path: Path, hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
+    """`near_pairs` as one array (m, 3) of row, later row and distance, kept in a file."""
+    pairs, bits = near_pairs(hashes, distance)
+    found = np.concatenate([pairs, bits[:, None]], axis=1)
+    with atomic(path) as file:
+        np.save(file, found)
+    return found
+
+
+def found_pairs(path: Path) -> NDArray[np.int64] | None:
+    """What `find_pairs` has kept, if it has."""
+    try:
+        return np.asarray(np.load(path))
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _compare(words: NDArray[np.uint64], start: int, distance: int) -> NDArray[np.int64]:

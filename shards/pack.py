@@ -8,8 +8,10 @@ piece in the work folder, where the same command finds it after any interruption
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,17 +23,19 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.packing import Pack
-from shards import leaks
+from shards import leaks, webshards
 from shards.claims import ALONE, POLL, Job, Part, complete, lock
 from shards.describe import DUPLICATES, REJECTED, check_made_by, fingerprint, manifest, samples_table
 from shards.files import atomic, sha256, write_json
 from shards.images import Ref, locate
+from shards.near import find_pairs, found_pairs
 from shards.output import Output
 from shards.plan import Plan, make_plan
 from shards.records import Records, read
 from shards.scan import CHUNK, Chunk, Fact, chunk_paths, digest, found, payload, scan
 from shards.shardset import MANIFEST, SAMPLES
 from shards.tar import Sample, Shard, finish_shard
+from shards.webshards import Fetched
 from shards.workers import Crew
 
 _VERSION = 1  # of how shards are written: a change of it writes all anew
@@ -56,24 +60,63 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
     """
     output = Output.of(settings)
     continued = not part.alone or output.work.exists()  # perhaps ended just before the work was deleted
-    with Crew(settings.workers) as crew:
-        if not (continued and output.packed()):
-            output.refuse_existing()
-            crew.start(scan.__module__, finish_shard.__module__)
-            records = read(settings)
-            make_plan(settings, records)
-        with output.working(part, fingerprint(settings)), crew:
-            if output.packed():
-                check_made_by(output.manifest(), settings, output.place)
-                return output.manifest()
-            refs = _locate(settings, records, output.work)
-            chunks = _scan(settings, refs, output, part, crew, progress)
-            facts = [fact for chunk in chunks for fact in chunk.facts]
-            rejected = _rejected(settings, records, refs, facts, output)
-            plan = make_plan(settings, records, facts)
-            shards = _write(plan, settings, refs, facts, output, part, crew, progress)
-            _once(output, lambda: _conclude(settings, records, plan, facts, shards, rejected, output))
+    if not (continued and output.packed()):
+        output.refuse_existing()
+    with output.working(part, fingerprint(settings)), Crew(settings.workers) as crew:
+        if output.packed():
+            check_made_by(output.manifest(), settings, output.place)
+            return output.manifest()
+        crew.start(scan.__module__, finish_shard.__module__)
+        fetched = _fetch(settings, output, part, crew, progress)
+        records = read(settings, output.work)
+        make_plan(settings, records)
+        refs = _locate(settings, records, output.work)
+        chunks = _scan(settings, refs, output, part, crew, progress)
+        facts = [fact for chunk in chunks for fact in chunk.facts]
+        rejected = _rejected(settings, records, refs, facts, output)
+        plan = make_plan(settings, records, facts, partial(_near, output, part, crew))
+        shards = _write(plan, settings, refs, facts, output, part, crew, progress)
+        _once(output, lambda: _conclude(settings, records, plan, facts, shards, rejected, fetched, output))
     return output.manifest()
+
+
+def _fetch(settings: Pack, output: Output, part: Part, crew: Crew, progress: bool) -> dict[str, str]:
+    """Bring what must be streamed into the work folder: URL -> what it was then."""
+
+    def still(url: str) -> Fetched | None:
+        found = webshards.fetched(url, output.work)
+        if found and found.identity != webshards.identity(url):
+            tqdm.write(f"{url}: changed since it was fetched; it is fetched and packed anew", file=sys.stderr)
+            return None
+        return found
+
+    def job(url: str) -> Job[Fetched]:
+        name = webshards.paths(url, output.work)[1].stem
+        return Job(name, lambda: (url, output.work), lambda: still(url))
+
+    urls = list(
+        dict.fromkeys(u for source in settings.each_source.values() for u in webshards.to_fetch(source))
+    )
+    shown = bool(urls) and progress and not part.rank
+    with tqdm(total=len(urls), desc="fetch", unit="shard", disable=not shown) as bar:
+        found = complete(
+            [job(url) for url in urls],
+            webshards.fetch,
+            output.work,
+            part,
+            crew,
+            lambda _: bar.update(),
+        )
+    return {url: about.identity for url, about in zip(urls, found, strict=True)}
+
+
+def _near(output: Output, part: Part, crew: Crew, hashes: Any, distance: int) -> tuple[Any, Any]:
+    """`near_pairs`, by one of the packers."""
+    said = hashlib.sha256(hashes.tobytes() + bytes((distance,))).hexdigest()
+    path = output.work / f"near-{said[:16]}.npy"
+    job = Job(path.stem, lambda: (path, hashes, distance), lambda: found_pairs(path))
+    (found,) = complete([job], find_pairs, output.work, part, crew, lambda _: None)
+    return found[:, :2], found[:, 2]
 
 
 def _locate(settings: Pack, records: Records, scratch: Path) -> list[Ref]:
@@ -248,9 +291,17 @@ def _conclude(
     facts: Sequence[Fact],
     shards: Sequence[Shard],
     rejected: pa.Table,
+    fetched: Mapping[str, str],
     output: Output,
 ) -> None:
-    """Write the tables and, last, the manifest."""
+    """Write the tables and, last, the manifest.
+
+    Raises:
+        UserError: if a shard at a URL is no longer what it was when it was fetched.
+    """
+    for url, identity in fetched.items():
+        if webshards.identity(url) != identity:
+            raise UserError(f"{url}: changed while it was being packed; run the same command again")
     samples = samples_table(settings, plan, facts, shards)
     files = {name: about for shard in shards for name, about in shard.files.items()}
 

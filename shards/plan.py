@@ -14,7 +14,8 @@ from configs.errors import UserError
 from configs.fields import canonical
 from configs.packing import Pack
 from shards.images import without_ending
-from shards.leaks import KINDS, Pairs, duplicates, join
+from shards.leaks import KINDS, Pairs, Search, duplicates, join
+from shards.near import near_pairs
 from shards.records import Records, read_pairs
 from shards.scan import Fact
 from shards.split import Purpose, connect, generator, split, tie, undersample
@@ -42,7 +43,9 @@ class Plan:
     """Images left out as copies of others, as the configuration asks."""
 
 
-def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = None) -> Plan:
+def make_plan(
+    settings: Pack, records: Records, facts: Sequence[Fact] | None = None, search: Search = near_pairs
+) -> Plan:
     """Drop what is rejected and thin as asked, deal groups to splits, shuffle, cut into shards.
 
     What ties two groups does so even where the images that tell of it are left out.
@@ -50,6 +53,7 @@ def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = N
     Args:
         records: all images of the tables.
         facts: what was found of each; None plans from the tables alone, to find their mistakes early.
+        search: what finds near duplicates.
 
     Raises:
         UserError: for a mistake in a list of duplicates or of a split; for a split that lacks a class.
@@ -57,7 +61,7 @@ def make_plan(settings: Pack, records: Records, facts: Sequence[Fact] | None = N
     pairs = Pairs.of(read_pairs(settings, records), "listed")
     rows = np.arange(len(records))
     if facts is not None:
-        pairs = join([pairs, duplicates(facts, settings.near_duplicates)])
+        pairs = join([pairs, duplicates(facts, settings.near_duplicates, search)])
         rows = np.flatnonzero([not fact.reason for fact in facts])
     units = tie(_codes(records.groups), np.concatenate([pairs.rows, _chains(records.lesions)]))
     given = _given_to_units(settings, records, units)

@@ -60,15 +60,18 @@ class Records:
         )
 
 
-def read(settings: Pack) -> Records:
+def read(settings: Pack, work: Path = Path()) -> Records:
     """Read and validate the metadata tables of all sources.
+
+    Args:
+        work: folder with what was fetched of shards that are their own table.
 
     Raises:
         UserError: for a table that cannot be read, a missing column, a row without id or group, an id given
             twice or unfit for a key, a label that belongs to no class, a class without an image.
     """
     index = {label: number for number, label in enumerate(settings.classes)}
-    parts = [_read(name, source, index) for name, source in settings.each_source.items()]
+    parts = [_read(name, source, index, work) for name, source in settings.each_source.items()]
     tables = pa.concat_tables([part.metadata for part in parts], promote_options="default")
     columns = {name: typed(tables[name].combine_chunks()) for name in tables.column_names}
     records = Records(
@@ -80,7 +83,7 @@ def read(settings: Pack) -> Records:
         labels=np.concatenate([part.labels for part in parts]),
         metadata=pa.table(columns) if columns else tables,
     )
-    _refuse_empty_classes(settings, records.labels)
+    _refuse_empty_classes(settings, records.labels, work)
     return records
 
 
@@ -99,12 +102,12 @@ def read_pairs(settings: Pack, records: Records) -> NDArray[np.int64]:
     return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
 
 
-def table_of(source: Source) -> pa.Table:
+def table_of(source: Source, work: Path) -> pa.Table:
     """All columns of a source as text, further tables joined by id."""
     if source.table is None:
         from shards.webshards import table
 
-        return table(source.images)
+        return table(source.images, work)
     table = read_table(source.table, "pack.table")
     require(table, source.table, source.id_column, "pack.id_column")
     for path in source.more_tables:
@@ -112,10 +115,10 @@ def table_of(source: Source) -> pa.Table:
     return table
 
 
-def _read(name: str, source: Source, index: dict[str, int]) -> Records:
+def _read(name: str, source: Source, index: dict[str, int], work: Path) -> Records:
     """The records of one source, metadata still as text. `index`: of every class of the set."""
     path = source.table or source.images
-    table = table_of(source)
+    table = table_of(source, work)
     require(table, path, source.id_column, "pack.id_column")
     require(table, path, source.group_column, "pack.group_column")
     ids = _ids(path, table, source.id_column)
@@ -227,7 +230,7 @@ def _one_hot(classes: Classes, path: object, ids: Sequence[str], table: pa.Table
     return np.asarray(np.array(index)[matrix.argmax(axis=0)], dtype=np.int64)
 
 
-def _refuse_empty_classes(settings: Pack, labels: NDArray[np.int64]) -> None:
+def _refuse_empty_classes(settings: Pack, labels: NDArray[np.int64], work: Path) -> None:
     counts = np.bincount(labels, minlength=len(settings.classes))
     empty = [name for name, count in zip(settings.classes, counts, strict=True) if not count]
     if not empty:
@@ -236,7 +239,7 @@ def _refuse_empty_classes(settings: Pack, labels: NDArray[np.int64]) -> None:
     held = ""
     if not settings.one_hot and not settings.sources:
         column = settings.label_column
-        values = sorted(set(map(canonical, texts(table_of(settings), column))))
+        values = sorted(set(map(canonical, texts(table_of(settings, work), column))))
         held = f"; column '{column}' holds {few(values, 8)}"
     raise UserError(
         f"{few(where)}: no image of class {few(empty)}{held}; correct pack.classes or pack.label_column"

@@ -1,20 +1,37 @@
-"""Existing WebDataset shards as a source, local or at URLs, read through the `webdataset` package."""
+"""Existing WebDataset shards as a source, local or at URLs, read through the `webdataset` package.
+
+A shard that must be streamed, or read through for its labels, is so once, whoever of several packers does it:
+the work folder gets `fetch-….json`, which lists its images and what it says of each, and `fetch-….bin`, the
+images' bytes, unless the shard is a local tar, which they are read from.
+"""
 
 import hashlib
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from configs.errors import UserError
+from configs.packing import Source
 from shards.files import atomic, write_text
-from shards.images import SUFFIXES, Ref, stamp
+from shards.images import SUFFIXES, Ref, is_local_tar, is_web, stamp
 
-STAGED = 1
-"""Version of what `staged` leaves in its folder."""
+_VERSION = 2  # of what `fetch` leaves behind
+_PATIENCE = 30.0  # seconds that a server has to say what a file is
+
+
+class Fetched(NamedTuple):
+    """What was found in a shard."""
+
+    identity: str
+    """What the shard was when it was fetched, as `identity` tells."""
+    images: list[tuple[str, str, int, int]]
+    """Stem, name in the shard, offset and size in the .bin; empty for a local tar."""
+    samples: list[dict[str, str]]
+    """`key`, and the texts of `.cls` and `.json` where there are any."""
 
 
 def expand(images: str) -> list[str]:
@@ -24,12 +41,19 @@ def expand(images: str) -> list[str]:
     return [str(url) for url in expand_urls(images)]
 
 
-def table(images: str) -> pa.Table:
-    """What the shards say of their samples: columns `key`, `cls` and the fields of `.json`, all as text."""
+def to_fetch(source: Source) -> list[str]:
+    """The shards of a source that must be fetched: those that are no local tars, or all for their labels."""
+    if not is_web(source.images) and source.table:
+        return []
+    return [url for url in expand(source.images) if source.table is None or not is_local_tar(url)]
+
+
+def table(images: str, folder: Path) -> pa.Table:
+    """What fetched shards say of their samples: columns `key`, `cls` and the fields of `.json`, as text."""
     rows = [
-        {"key": Path(sample["__key__"]).name} | _described(sample)
-        for url in tqdm(expand(images), desc="read labels", unit="shard")
-        for sample in _samples(url)
+        {"key": sample["key"]} | _described(url, sample)
+        for url in expand(images)
+        for sample in _fetched_or_fetch(url, folder).samples
     ]
     if not rows:
         raise UserError(f"{images}: no samples in these shards; correct pack.images, or give a pack.table")
@@ -38,30 +62,79 @@ def table(images: str) -> pa.Table:
 
 
 def staged(url: str, folder: Path) -> Iterator[tuple[str, Ref]]:
-    """(stem, bytes) of every image of a shard, which is streamed once and its images kept in `folder`."""
-    name = f"stage-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    data, listing = folder / f"{name}.bin", folder / f"{name}.json"
-    if not _is_staged(data, listing):
-        entries = []
-        with atomic(data) as file:
-            for sample in tqdm(_samples(url), desc=f"fetch {Path(url).name}", unit="image", leave=False):
-                for ending, payload in _images(sample):
-                    stem = Path(sample["__key__"]).name
-                    entries.append((stem, f"{sample['__key__']}.{ending}", file.tell(), len(payload)))
-                    file.write(payload)
-        write_text(listing, json.dumps({"version": STAGED, "url": url, "images": entries}))
+    """(stem, bytes) of every image of a shard, whose bytes are kept in `folder`."""
+    images = _fetched_or_fetch(url, folder).images
+    data = paths(url, folder)[0]
     mark = stamp(data.stat())
-    for stem, member, offset, size in json.loads(listing.read_text())["images"]:
+    for stem, member, offset, size in images:
         yield stem, Ref(str(data), f"{url} {member}", mark, offset, size)
 
 
-def _is_staged(data: Path, listing: Path) -> bool:
+def fetch(url: str, folder: Path) -> Fetched:
+    """Stream a shard once, and keep in `folder` what packing needs of it.
+
+    Raises:
+        UserError: if it cannot be read, or changed meanwhile.
+    """
+    data, listing = paths(url, folder)
+    before, keep = identity(url), not is_local_tar(url)
+    found = Fetched(before, [], [])
+    with atomic(data) as file:
+        for sample in _samples(url):
+            key = sample["__key__"]
+            told = {
+                kind: sample[kind].decode("utf-8", "replace") for kind in ("cls", "json") if kind in sample
+            }
+            found.samples.append({"key": Path(key).name} | told)
+            for ending, payload in _images(sample) if keep else ():
+                found.images.append((Path(key).name, f"{key}.{ending}", file.tell(), len(payload)))
+                file.write(payload)
+    if identity(url) != before:
+        raise UserError(f"{url}: changed while it was being fetched; run the same command again")
+    write_text(listing, json.dumps({"version": _VERSION, "url": url, **found._asdict()}))
+    return found
+
+
+def fetched(url: str, folder: Path) -> Fetched | None:
+    """What `fetch` found earlier, if it is still there."""
+    data, listing = paths(url, folder)
     try:
         said = json.loads(listing.read_text(encoding="utf-8"))
-        needs = sum(size for *_, size in said["images"])
-        return bool(said["version"] == STAGED and data.stat().st_size == needs)
+        whole = said["version"] == _VERSION and data.stat().st_size == sum(n for *_, n in said["images"])
+        return Fetched(said["identity"], said["images"], said["samples"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+
+
+def identity(url: str) -> str:
+    """What changes when a shard does, as far as its place says: size, time of modification, entity tag.
+
+    Empty where the place says nothing of it, or cannot be asked.
+    """
+    try:
+        if url.startswith(("http://", "https://")):
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+                said = [answer.headers.get(name) for name in ("Content-Length", "Last-Modified", "ETag")]
+        else:
+            import fsspec
+
+            fs, path = fsspec.core.url_to_fs(url)
+            about = fs.info(path)
+            said = [about.get("size"), about.get("ETag") or about.get("etag"), fs.modified(path)]
+    except Exception:  # a command in place of a URL, a driver that is not installed, a server's refusal
+        return ""
+    return " ".join(str(value) for value in said if value is not None)
+
+
+def _fetched_or_fetch(url: str, folder: Path) -> Fetched:
+    return fetched(url, folder) or fetch(url, folder)
+
+
+def paths(url: str, folder: Path) -> tuple[Path, Path]:
+    """The .bin and .json of a fetched shard."""
+    name = folder / f"fetch-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return name.with_suffix(".bin"), name.with_suffix(".json")
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
@@ -82,14 +155,14 @@ def _images(sample: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
             yield ending, payload
 
 
-def _described(sample: dict[str, Any]) -> dict[str, str]:
+def _described(url: str, sample: dict[str, str]) -> dict[str, str]:
     """Label and metadata of a sample as text; values that are lists or mappings are left out."""
     said: dict[str, Any] = {}
     if "json" in sample:
         try:
             fields = json.loads(sample["json"])
         except ValueError as error:
-            raise UserError(f"{sample['__url__']}: {sample['__key__']}.json is not JSON ({error})") from None
+            raise UserError(f"{url}: {sample['key']}.json is not JSON ({error})") from None
         if isinstance(fields, dict):
             said |= (
                 {**fields.pop("metadata", {}), **fields}
@@ -97,6 +170,6 @@ def _described(sample: dict[str, Any]) -> dict[str, str]:
                 else fields
             )
     if "cls" in sample:
-        said["cls"] = sample["cls"].decode("utf-8", "replace")
+        said["cls"] = sample["cls"]
     said.pop("key", None)
     return {name: str(v) for name, v in said.items() if v is not None and not isinstance(v, (list, dict))}

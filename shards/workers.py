@@ -29,7 +29,6 @@ class Crew:
         self._others = set(multiprocessing.active_children())
 
     def __enter__(self) -> "Crew":
-        """May be entered within itself: the innermost block's end ends the workers."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -40,7 +39,6 @@ class Crew:
             for worker in set(multiprocessing.active_children()) - self._others:
                 worker.terminate()
         self._pool.shutdown(cancel_futures=True)
-        self._pool = None
 
     def start(self, *modules: str) -> None:
         """Let the workers start and import `modules` while this process does something else."""
