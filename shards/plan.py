@@ -154,6 +154,12 @@ def _given(settings: Pack, records: Records) -> Ints:
     if settings.split_column:
         column = settings.split_column
         if column not in records.metadata.column_names:
+            for key in ("id_column", "group_column"):
+                if column in {getattr(source, key) for source in settings.each_source.values()}:
+                    raise UserError(
+                        f"pack.split_column is '{column}', as pack.{key} is; name the column that says which "
+                        f"split an image is in ({', '.join(names)}), or leave it out to split by group"
+                    )
             raise UserError(f"no table has a column '{column}'; correct pack.split_column")
         also = {str(n): n for n in range(settings.folds)} or {"training": 0, "validation": 1, "valid": 1}
         known = names | also

@@ -257,6 +257,12 @@ def test_a_split_that_leaves_images_out_is_refused() -> None:
         make_plan(Pack(split_column="nosuch"), images())
 
 
+@pytest.mark.parametrize(("column", "key"), [("patient_id", "group_column"), ("isic_id", "id_column")])
+def test_a_column_that_is_taken_is_no_split(column: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"pack.split_column is '{column}', as pack.{key} is; name the"):
+        make_plan(Pack(split_column=column), images())
+
+
 def test_a_file_that_names_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("nobody\n")
     with pytest.raises(UserError, match=r"ids.txt: 1 of its 1 lines are the id of no image.*nobody"):
