@@ -183,9 +183,10 @@ def put(folder: Path, url: str, names: list[str]) -> None:
         UserError: if the place refuses.
     """
     with _remote(url) as (fs, root):
-        fs.makedirs(root, exist_ok=True)
+        whole = bool(_WHOLE_AT_ONCE & set([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol))
+        if not whole:  # a store of objects has no folders, and must not get a bucket that does not exist
+            fs.makedirs(root, exist_ok=True)
         for name in names:
-            whole = bool(_WHOLE_AT_ONCE & set([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol))
             first = name if whole else f".{name}.tmp"
             fs.put_file(str(folder / name), f"{root}/{first}")
             if not whole:

@@ -139,7 +139,11 @@ def paths(url: str, folder: Path) -> tuple[Path, Path]:
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
     import webdataset
+    from webdataset.gopen import gopen_schemes
 
+    scheme = url.partition("://")[0]
+    if "://" in url and scheme != "file":
+        gopen_schemes.setdefault(scheme, _open_by_fsspec)  # such as s3, which webdataset does not know
     try:
         yield from webdataset.WebDataset([url], shardshuffle=False, empty_check=False)
     except Exception as error:  # whatever a URL's own reader raises
@@ -147,6 +151,12 @@ def _samples(url: str) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"{url}: cannot be read as a WebDataset shard ({reason}); check the address in pack.images"
         ) from None
+
+
+def _open_by_fsspec(url: str, mode: str, *_: Any, **__: Any) -> Any:
+    import fsspec
+
+    return fsspec.open(url, mode).open()
 
 
 def _images(sample: dict[str, Any]) -> Iterator[tuple[str, bytes]]:

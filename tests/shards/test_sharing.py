@@ -161,6 +161,21 @@ def test_a_shard_that_changes_meanwhile_is_an_error_and_then_packed_anew(
     assert contents(source) == alone(source)
 
 
+def test_shards_are_read_from_wherever_fsspec_can(source: Pack, tmp_path: Path) -> None:
+    """As from s3://, which the webdataset package does not know by itself."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{tmp_path}/source/", "/bucket/", recursive=True)
+    there = source.model_copy(update={"images": "memory://bucket/web-{0..1}.tar"})
+    pack(there, progress=False)
+    made = contents(there)
+    whole = alone(source)
+    assert made.keys() == whole.keys()
+    assert all(made[name] == whole[name] for name in made if name != "dataset.json")
+    assert webshards.identity("memory://bucket/web-0.tar")
+
+
 def test_a_place_that_cannot_be_asked_has_no_identity() -> None:
     for url in ("pipe:cat nothing.tar", "http://127.0.0.1:9/a.tar", "nosuch://place/a.tar"):
         assert webshards.identity(url) == ""
