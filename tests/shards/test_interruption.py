@@ -16,15 +16,16 @@ from shards import scan
 from shards.claims import Part
 from shards.images import Ref
 from shards.pack import pack
+from shards.passes import Passes
 
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
 from configs.packing import Pack
-from shards import pack, scan
+from shards import pack, passes, scan
 from shards.claims import Part
 if __name__ == "__main__":
-    pack.CHUNK = scan.CHUNK = 8
+    passes.CHUNK = scan.CHUNK = 8
     settings = Pack.model_validate_json(sys.argv[1])
     pack.pack(settings, part=Part(int(sys.argv[2]), int(sys.argv[3])), progress=False)
 """
@@ -102,7 +103,7 @@ def test_an_end_at_any_rename_changes_no_byte(
     moment: int, tiny_pack: Pack, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every finished file gets its name by a rename; here the packer ends at the nth of them."""
-    monkeypatch.setattr("shards.pack.CHUNK", 8)
+    monkeypatch.setattr("shards.passes.CHUNK", 8)
     renames = iter(range(10_000))
 
     def rename(path: Path, target: Path, plain: Any) -> Any:
@@ -148,7 +149,7 @@ def count_scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_only_what_changed_is_looked_at_again(
     tiny_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.pack.CHUNK", 8)
+    monkeypatch.setattr("shards.passes.CHUNK", 8)
     images = tmp_path / "images"
     images.mkdir()
     for path in Path(tiny_pack.images).iterdir():
@@ -173,10 +174,10 @@ def test_chunks_that_a_power_cut_left_empty_are_made_again(
     tiny_pack: Pack, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names reach the disk before contents may: zeros, or nothing, under a chunk's name."""
-    monkeypatch.setattr("shards.pack.CHUNK", 8)
+    monkeypatch.setattr("shards.passes.CHUNK", 8)
     settings = changed(tiny_pack, output=tmp_path / "shards", workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr("shards.pack._write", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("shards.passes.Passes.write", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             pack(settings, progress=False)
     chunks = sorted((tmp_path / ".shards.partial").glob("chunk-*.bin"))
@@ -194,7 +195,7 @@ def test_chunks_that_a_power_cut_left_empty_are_made_again(
 def test_an_image_that_changes_between_the_passes_is_noticed(
     tiny_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = pack.__globals__["_write"]
+    plain = Passes.write
 
     def change_first(*arguments: Any) -> Any:
         image = next(iter(Path(settings.images).iterdir()))
@@ -207,7 +208,7 @@ def test_an_image_that_changes_between_the_passes_is_noticed(
     settings = Pack.model_validate(
         tiny_pack.model_dump() | {"images": tmp_path / "images", "output": tmp_path / "shards"}
     )
-    monkeypatch.setattr("shards.pack._write", change_first)
+    monkeypatch.setattr("shards.passes.Passes.write", change_first)
     with pytest.raises(ValueError, match="changed while it was being packed; run the same command again"):
         pack(settings, progress=False)
     monkeypatch.undo()

@@ -16,10 +16,11 @@ from pyarrow import csv
 
 from configs.errors import UserError
 from configs.packing import Pack
-from shards import webshards
+from shards import passes, webshards
 from shards.claims import Part
 from shards.output import Output
 from shards.pack import pack
+from shards.passes import Passes
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -93,7 +94,7 @@ def test_each_shard_is_fetched_and_near_ones_are_sought_by_one_of_many(
 ) -> None:
     whole = alone(source)
     fetches = count_calls(monkeypatch, webshards, "fetch")
-    searches = count_calls(monkeypatch, sys.modules["shards.pack"], "find_pairs")
+    searches = count_calls(monkeypatch, passes, "find_pairs")
     with ThreadPoolExecutor(3) as pool:
         packers = [pool.submit(pack, source, part=Part(rank, 3), progress=False) for rank in range(3)]
         made = [packer.result(timeout=60) for packer in packers]
@@ -111,7 +112,7 @@ def test_one_who_is_killed_over_a_claim_is_made_up_for(
     claim = webshards.paths(f"{source.images[:-10]}1.tar", work)[1].with_suffix(".lock")
     if claimed == "near":
         with monkeypatch.context() as patch:
-            patch.setattr("shards.pack._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("shards.passes.Passes.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pack(source, part=Part(0, 2), progress=False)
         (found,) = work.glob("near-*.npy")
@@ -132,7 +133,7 @@ def test_a_shard_that_changes_between_two_runs_is_packed_anew(
     source: Pack, tiny_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shards.pack._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("shards.passes.Passes.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(source, progress=False)
     write_shards(tmp_path / "source", tiny_pack, lambda path: path.read_bytes() + path.name.encode())
@@ -147,14 +148,14 @@ def test_a_shard_that_changes_between_two_runs_is_packed_anew(
 def test_a_shard_that_changes_meanwhile_is_an_error_and_then_packed_anew(
     source: Pack, tiny_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = pack.__globals__["_write"]
+    plain = Passes.write
 
     def change_first(*arguments: Any) -> Any:
         write_shards(tmp_path / "source", tiny_pack, lambda path: path.read_bytes() + b"more")
         return plain(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("shards.pack._write", change_first)
+        patch.setattr("shards.passes.Passes.write", change_first)
         with pytest.raises(UserError, match=r"web-0.tar: changed while it was being packed; run the same"):
             pack(source, progress=False)
     pack(source, progress=False)
