@@ -36,6 +36,7 @@ def test_every_row_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert all(each["images_per_second"] > 0 for each in by_contest[name].values())
     assert by_contest[MEMORY][OURS]["megabytes"] > 10
     assert rows[0]["large_psnr"] > 45
+    assert min(rows[0]["coding_psnr"], rows[0]["shrinking_psnr"]) > rows[0]["large_psnr"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("tar(1)", "verify --quick", "dB", "MB for 48 images"))
 
