@@ -1,6 +1,5 @@
 """Proof, from the shards alone, that a shard set is whole, readable and free of leaks."""
 
-import contextlib
 import hashlib
 import json
 import zlib
@@ -20,7 +19,7 @@ from shards.leaks import crossing
 from shards.shardset import MANIFEST, ShardSet
 from shards.tables import few
 from shards.tar import KINDS, index_text, layout
-from shards.workers import in_order
+from shards.workers import Crew
 
 _AS_IT_IS = Encode(resize="none")
 
@@ -62,19 +61,20 @@ def verify(folder: Path | str, *, quick: bool = False, workers: int = 0, progres
     Raises:
         UserError: naming the first things found wrong, and how many there are.
     """
-    shards = ShardSet.open(folder)
-    problems = [*_folder_problems(shards), *_split_problems(shards)]
     contents: list[str] = []
-    bar = tqdm(total=len(shards), desc="verify", unit="image", disable=not progress)
-    tasks = (
-        (path, str(shards.manifest["files"][path.name]["sha256"]), _rows(shards, tar), quick)
-        for tar, path in enumerate(shards.paths)
-    )
-    with bar, contextlib.closing(in_order(look, tasks, workers)) as looks:
-        for seen in looks:
-            problems += seen.problems
-            contents += seen.contents
-            bar.update(len(seen.contents))
+    with Crew(workers) as crew:
+        crew.start(look.__module__)
+        shards = ShardSet.open(folder)
+        problems = [*_folder_problems(shards), *_split_problems(shards)]
+        tasks = (
+            (path, str(shards.manifest["files"][path.name]["sha256"]), _rows(shards, tar), quick)
+            for tar, path in enumerate(shards.paths)
+        )
+        with tqdm(total=len(shards), desc="verify", unit="image", disable=not progress) as bar:
+            for seen in crew.in_order(look, tasks):
+                problems += seen.problems
+                contents += seen.contents
+                bar.update(len(seen.contents))
     if len(contents) == len(shards):
         parts = shards.samples["split"].to_pylist()
         crossed = crossing(np.array(contents, dtype=object), np.array(parts))

@@ -50,11 +50,11 @@ def to_fetch(source: Source) -> list[str]:
 
 def table(images: str, folder: Path) -> pa.Table:
     """What fetched shards say of their samples: columns `key`, `cls` and the fields of `.json`, as text."""
-    rows = [
-        {"key": sample["key"]} | _described(url, sample)
-        for url in expand(images)
-        for sample in _fetched_or_fetch(url, folder).samples
-    ]
+    rows = []
+    for url in expand(images):
+        found = fetched(url, folder)
+        assert found is not None, url
+        rows += [{"key": sample["key"]} | _described(url, sample) for sample in found.samples]
     if not rows:
         raise UserError(f"{images}: no samples in these shards; correct pack.images, or give a pack.table")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -62,8 +62,8 @@ def table(images: str, folder: Path) -> pa.Table:
 
 
 def staged(url: str, folder: Path) -> Iterator[tuple[str, Ref]]:
-    """(stem, bytes) of every image of a shard, whose bytes are kept in `folder`."""
-    images = _fetched_or_fetch(url, folder).images
+    """(stem, bytes) of every image of a shard, fetched into `folder` unless it has been already."""
+    images = (fetched(url, folder) or fetch(url, folder)).images
     data = paths(url, folder)[0]
     mark = stamp(data.stat())
     for stem, member, offset, size in images:
@@ -125,10 +125,6 @@ def identity(url: str) -> str:
     except Exception:  # a command in place of a URL, a driver that is not installed, a server's refusal
         return ""
     return " ".join(str(value) for value in said if value is not None)
-
-
-def _fetched_or_fetch(url: str, folder: Path) -> Fetched:
-    return fetched(url, folder) or fetch(url, folder)
 
 
 def paths(url: str, folder: Path) -> tuple[Path, Path]:
