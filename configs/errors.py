@@ -1,4 +1,7 @@
-"""The one error that a user's mistake raises."""
+"""The one error that a user's mistake raises, and the exit status of a run that can be taken up again."""
+
+RESUMABLE = 75
+"""Exit status of training that ended early and goes on by the same command: EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(ValueError):

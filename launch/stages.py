@@ -109,7 +109,7 @@ def train(call: Call) -> None:
 
 
 def _trained(call: Call) -> bool:
-    from train.encoder import finished
+    from train.result import finished
 
     return finished(call.experiment)
 

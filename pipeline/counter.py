@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     BLUR = 5
     CUTOUT = 6
     JPEG = 7
+    PROBE = 8
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, step: int = 0) -> np.random.Generator:

@@ -15,9 +15,9 @@ class Centroids:
         """Start an epoch."""
         self._sums.zero_()
 
-    def add(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: embeddings (batch, dim), labels (batch,)."""
-        self._sums.index_add_(0, labels, embeddings.float())
+    def add(self, embeddings: torch.Tensor, labels: torch.Tensor, good: torch.Tensor) -> None:
+        """Add a batch: embeddings (batch, dim), labels (batch,); nothing where `good`, a scalar, is false."""
+        self._sums.index_add_(0, labels, torch.where(good, embeddings.float(), 0))
 
     def score(self, vectors: NDArray[np.float32], positive: int) -> NDArray[np.float32]:
         """How much nearer each of (n, dim) is to the positive centroid than to any other: (n,), cosine."""

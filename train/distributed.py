@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +13,17 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from configs.errors import UserError
+from train.watchdog import Watchdog
 
 _ENDED = "moleprint/ended"
 
 
 class PeerError(Exception):
     """Another rank ended with an error that it has told the user."""
+
+
+class LostError(Exception):
+    """Another rank is gone without a word: killed, or its host is."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    watchdog: Watchdog | None = None
+
+    def beat(self, where: str) -> None:
+        """Tell the watchdog that a step was made; see there."""
+        if self.watchdog:
+            self.watchdog.beat(where)
 
     @property
     def main(self) -> bool:
@@ -42,10 +53,18 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
+def world(timeout: float = 1800) -> Iterator[World]:
     """Join the process group that torchrun describes (NCCL on GPUs, else gloo), and leave it at the end.
 
     Without torchrun: one process, no group.
+
+    Args:
+        timeout: seconds without a step after which a rank hangs; collectives before the first and after the
+            last step are given a minute more.
+
+    Raises:
+        PeerError: if another rank ended with an error of its own.
+        LostError: if another rank is gone.
     """
     rank, size = process_rank(), _environment("WORLD_SIZE", 1)
     local, local_size = local_rank(), _environment("LOCAL_WORLD_SIZE", 1)
@@ -61,11 +80,12 @@ def world() -> Iterator[World]:
             store=store,
             rank=rank,
             world_size=size,
-            timeout=timedelta(minutes=30),
+            timeout=timedelta(seconds=timeout + 60),
             device_id=device if device.type == "cuda" else None,
         )
+    watchdog = Watchdog(store, rank=rank, size=size, timeout=timeout)
     try:
-        yield here
+        yield replace(here, watchdog=watchdog)
     except UserError as error:
         if error.spoken_by(local):
             # Noted before this process ends, which is what the others will notice.
@@ -75,7 +95,11 @@ def world() -> Iterator[World]:
     except RuntimeError as error:
         if _said(store, _ENDED):
             raise PeerError from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostError(str(error).splitlines()[0]) from error
         raise
+    finally:
+        watchdog.close()
     # Not after an error: the other ranks may be waiting in a collective, and this would wait for them.
     dist.destroy_process_group()
 
@@ -201,6 +225,13 @@ def total(value: int, device: torch.device) -> int:
     box = torch.tensor(value, device=device)
     dist.all_reduce(box)
     return int(box)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def barrier() -> None:

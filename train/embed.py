@@ -25,10 +25,16 @@ from train.model import Encoder
 
 
 def evaluation_loader(
-    shards: ShardSet, indices: Indices, experiment: Experiment, world: World, cache: Cache | None = None
+    shards: ShardSet,
+    indices: Indices,
+    experiment: Experiment,
+    world: World,
+    cache: Cache | None = None,
+    *,
+    max_bad: float = 0.0,
 ) -> Loader:
-    """Each of `indices` once, in order, as they are. A damaged sample ends it: no other may stand in."""
-    settings = experiment.loader.model_copy(update={"max_bad": 0.0})
+    """Each of `indices` once, in order, as they are. A damaged one ends it, unless another may stand in."""
+    settings = experiment.loader.model_copy(update={"max_bad": max_bad})
     return Loader(
         shards,
         Sequential(indices, settings.global_batch),
@@ -45,9 +51,17 @@ def evaluation_loader(
 
 @torch.inference_mode()
 def embed(
-    encoder: Encoder, loader: Loader, *, precision: torch.dtype, progress: "tqdm[Never] | None" = None
+    encoder: Encoder,
+    loader: Loader,
+    *,
+    precision: torch.dtype,
+    progress: "tqdm[Never] | None" = None,
+    world: World | None = None,
 ) -> tuple[Indices, NDArray[np.float32]]:
     """One epoch of a sequential loader through the encoder.
+
+    Args:
+        world: whose watchdog is told of every batch.
 
     Returns:
         indices (n,) ascending and embeddings (n, dim), of all ranks, padding dropped; the same on every rank.
@@ -60,6 +74,8 @@ def embed(
         with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
             vectors.append(encoder(images))
         index.append(batch.index)
+        if world is not None:
+            world.beat("a batch that was embedded")
         if progress is not None:
             left = int((progress.total or 0) - progress.n)  # the last batch is padded
             progress.update(min(len(batch.index) * loader.world_size, left))
@@ -92,7 +108,8 @@ def _run(experiment: Experiment, world: World) -> None:
         evaluation_loader(shards, indices, experiment, world) as loader,
         tqdm(total=len(indices), desc="embed", unit="image", disable=not world.main) as progress,
     ):
-        index, vectors = embed(encoder, loader, precision=torch.float32, progress=progress)  # as predict does
+        # In float32, as predict does.
+        index, vectors = embed(encoder, loader, precision=torch.float32, progress=progress, world=world)
     assert np.array_equal(index, indices), "every sample exactly once"
     if world.main:
         for split in SPLITS:

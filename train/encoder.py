@@ -3,10 +3,10 @@
 torchrun --nproc-per-node=N -m train.encoder CONFIG key=value …
 
 The result does not depend on interruptions: order, augmentation, mining and learning rate are functions of
-the step, and a checkpoint holds the rest (weights, optimiser, class centroids of the epoch, early stopping).
+the step, and a checkpoint holds the rest (weights and their average, optimiser, class centroids of the epoch,
+figures not yet logged, early stopping).
 """
 
-import json
 import math
 import sys
 import time
@@ -20,68 +20,37 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configs.errors import UserError
+from configs.errors import RESUMABLE, UserError
 from configs.schema import Experiment
-from configs.training import Train as Settings
-from pipeline.cache import open_cache
 from pipeline.counter import Purpose, generator
 from pipeline.loader import Batch, Loader, training_sampler
-from shards.files import read_json, sha256
 from shards.shardset import ShardSet
-from train import checkpoint, model, runfolder
+from train import checkpoint, model, result, runfolder, validation
 from train.centroids import Centroids
-from train.checkpoint import Progress
-from train.distributed import (
-    World,
-    barrier,
-    broadcast,
-    broadcast_buffers,
-    check_equal,
-    first_on_node,
-    total,
-)
-from train.embed import embed, evaluation_loader
+from train.data import Data
+from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, total
+from train.ema import Average
+from train.embed import embed
 from train.entry import start
+from train.guard import REMEDY, Guard
 from train.learner import Learner, Outcome, spread
 from train.meter import Meter
+from train.optimisation import Optimisation
+from train.precision import allow_tf32
+from train.progress import Progress
+from train.saver import Saver
+from train.schedule import learning_rate
+from train.signals import Stop, StoppedError
 from train.tracking import Tracker
-
-DIVERGED = "lower train.lr, or set train.precision=float32; a new run.folder starts from the beginning"
+from train.validation import Embedded
 
 
 def run(experiment: Experiment, world: World) -> None:
     """Train from the newest checkpoint, or from the start, to the end; write the best encoder."""
-    with runfolder.locked(experiment.run.folder, main=world.main):
+    with runfolder.locked(experiment.run.folder, main=world.main), Stop(world) as stop:
         trainer = Trainer(experiment, world)
         with closing(trainer), trainer.tracker:
-            while not trainer.finished:
-                trainer.train_epoch()
-                trainer.validate()
-                trainer.save()
-            trainer.export()
-
-
-def finished(experiment: Experiment) -> bool:
-    """Whether the run folder holds the encoder of this configuration and shard set."""
-    try:
-        needs = ("made_from", "encoder_sha256")
-        about = read_json(experiment.run.folder / "encoder.json", "moleprint train CONFIG", needs)
-        shards = ShardSet.of(experiment)
-        weights = sha256(experiment.run.folder / "encoder.safetensors")
-    except (UserError, OSError):
-        return False
-    made_from = json.loads(checkpoint.fingerprint(experiment, shards.sha256))
-    same = checkpoint.completed(about["made_from"]) == made_from
-    return bool(same and about["encoder_sha256"] == weights)
-
-
-def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up, then half a cosine to zero (Loshchilov 2017), as a function of the steps done."""
-    warm = settings.warmup * steps_per_epoch
-    if step < warm:
-        return settings.lr * (step + 1) / math.ceil(warm)
-    share = (step - warm) / max(1, settings.epochs * steps_per_epoch - warm)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+            trainer.train(stop)
 
 
 class Trainer:
@@ -91,50 +60,29 @@ class Trainer:
         self.experiment, self.settings, self.world = experiment, experiment.train, world
         self.folder = experiment.run.folder
         self.shards = ShardSet.of(experiment)
-        self.fingerprint = checkpoint.fingerprint(experiment, self.shards.sha256)
         sampler = training_sampler(
             self.shards, experiment.loader, seed=self.settings.seed, world_size=world.size
         )
         self.steps = sampler.steps
-        saved = checkpoint.load(self.folder / "checkpoints", self.fingerprint, say=world.main)
-        self.progress, state = saved or (Progress(), None)
+        self.fingerprint = checkpoint.fingerprint(experiment, self.shards.sha256)
+        folder, allowed = self.folder / "checkpoints", self.settings.allow_changed
+        saved = checkpoint.load(folder, self.fingerprint, allowed=allowed, say=world.main)
+        self.progress, state = saved or (Progress(), {})
         check_equal((self.progress.step, self.steps, self.fingerprint), "checkpoint or configuration")
-        self.best: dict[str, torch.Tensor] = state["best"] if state else {}
-        self._build(state)
+        self._build()
+        self._restore(state)
+        self._distribute()
         if world.main:
             runfolder.describe(experiment)
-        loaded = np.concatenate([self.shards.split("train"), self.shards.split("val")])
-        self.cache = open_cache(
-            self.shards,
-            loaded,
-            experiment.loader,
-            lambda word: str(first_on_node(word, world)),
-            world.device,
-        )
-        self.loader = Loader(
-            self.shards,
-            sampler,
-            experiment.loader,
-            augmentation=experiment.loader.augment,
-            seed=self.settings.seed,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            threads=world.threads(experiment.loader.threads),
-            start=self.progress.step,
-            cache=self.cache,
-        )
-        self.validation = evaluation_loader(
-            self.shards, self.shards.split("val"), experiment, world, self.cache
-        )
+        self.saver = Saver(folder, self.fingerprint, keep=self.settings.keep)
+        self.data = Data(self.shards, sampler, experiment, world, self.progress.step)
         self.tracker = Tracker(
             experiment, "encoder", rank=world.rank, after=self.progress.step, run_id=self.progress.run_id
         )
         self.progress.run_id = self.tracker.run_id
-        self.meter = Meter()
 
-    def _build(self, state: dict[str, Any] | None) -> None:
-        """Encoder, objective, optimiser, and their state if the run goes on."""
+    def _build(self) -> None:
+        """Encoder, objective, optimiser, and what watches over them."""
         settings, device = self.settings, self.world.device
         if not self.world.main:
             barrier()  # rank 0 downloads weights first, the others find them cached
@@ -151,20 +99,71 @@ class Trainer:
         if device.type == "cuda" and self.world.size > 1 and settings.sync_batchnorm:
             nn.SyncBatchNorm.convert_sync_batchnorm(learner)  # type: ignore[no-untyped-call]
         model.place(learner, device)
-        self.centroids = Centroids(len(self.shards.classes), self.experiment.model.embedding_dim, device)
-        self.optimizer = torch.optim.AdamW(_decay_groups(learner, settings.weight_decay), lr=settings.lr)
-        if state:
-            learner.load_state_dict(state["learner"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.centroids.load(state["centroids"])
-        self.precision = model.autocast_dtype(settings.precision, device)
-        if settings.compile:
-            self.encoder.compile()
         self.bare = learner
-        self.learner: nn.Module = learner
+        self.precision = model.autocast_dtype(settings.precision, device)
+        groups = _decay_groups(learner, settings.weight_decay)
+        self.optimisation = Optimisation(groups, settings, device=device, precision=self.precision)
+        self.centroids = Centroids(len(self.shards.classes), self.experiment.model.embedding_dim, device)
+        self.meter = Meter()
+        self.best: dict[str, torch.Tensor] = {}
+        self.good = torch.tensor(True, device=device)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """What `_state` put into a checkpoint; older ones lack some of it."""
+        if state:
+            try:
+                self.bare.load_state_dict(state["learner"])
+                self.optimisation.load(state)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{self.folder}: its checkpoints are of another encoder or version ({error}); "
+                    "choose another run.folder"
+                ) from None
+            self.centroids.load(state["centroids"])
+            self.best = state["best"]
+        if "meter" in state:
+            self.meter.load(state["meter"], self.world.device)
+        limits = {"limit": self.settings.max_bad_steps, "world_size": self.world.size}
+        self.guard = Guard(self.bare, device=self.world.device, **limits)
+        if "guard" in state:
+            self.guard.load(state["guard"])
+        self.average = Average(self.encoder, self.settings.ema) if self.settings.ema else None
+        if self.average and state.get("ema"):
+            self.average.load(state["ema"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "learner": self.bare.state_dict(),
+            **self.optimisation.state(),
+            "ema": self.average.state() if self.average else {},
+            "centroids": self.centroids.state(),
+            "guard": self.guard.state(),
+            "meter": self.meter.state(),
+            "best": self.best,
+        }
+
+    def _distribute(self) -> None:
+        """What makes it fast, and one of many."""
+        if self.world.device.type == "cuda":
+            allow_tf32(self.settings.tf32)
+            torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        if self.settings.compile:
+            self.encoder.compile(dynamic=False)
+        self.learner: nn.Module = self.bare
         if self.world.size > 1:
-            ids = [self.world.local_rank] if device.type == "cuda" else None
-            self.learner = DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
+            ids = [self.world.local_rank] if self.world.device.type == "cuda" else None
+            self.learner = DistributedDataParallel(self.bare, device_ids=ids, gradient_as_bucket_view=True)
+
+    def train(self, stop: Stop) -> None:
+        """Epoch by epoch to the end; saved, and ended by StoppedError, where a signal says so."""
+        while not self.finished:
+            self.train_epoch(stop)
+            if self.validation_due:
+                self.validate()
+            self.save()
+            if stop.agreed(now=True):
+                self.leave()
+        self.export()
 
     @property
     def finished(self) -> bool:
@@ -175,34 +174,42 @@ class Trainer:
         tired = bool(patience) and self.progress.stale >= patience
         return tired or self.progress.step >= self.settings.epochs * self.steps
 
-    def train_epoch(self) -> None:
+    @property
+    def validation_due(self) -> bool:
+        """Whether the epoch that has just ended is one of those that are validated."""
+        epoch = self.progress.step // self.steps
+        return epoch % self.settings.validate_every == 0 or epoch == self.settings.epochs
+
+    def train_epoch(self, stop: Stop) -> None:
         """From the current step to the end of its epoch."""
         self.learner.train()
         epoch, done = divmod(self.progress.step, self.steps)
+        images = self.experiment.loader.global_batch
         if not done:
             self.centroids.clear()
         with self._bar(f"epoch {epoch + 1}/{self.settings.epochs}", done) as bar:
-            for batch in self.meter.waiting(iter(self.loader)):
+            for batch in self.meter.waiting(iter(self.data.training)):
                 if self.progress.step == 0:
-                    self._log_images(batch)
+                    self.tracker.images(
+                        "augmented", *self.data.pictures(batch, self.experiment.tracking.images)
+                    )
                 outcome, norm = self.train_step(batch)
-                self.centroids.add(outcome.embeddings, outcome.labels)
+                self.centroids.add(outcome.embeddings, outcome.labels, self.good)
+                self.meter.add(images, {**outcome.figures, "grad_norm": norm}, self.good)
                 self.progress.step += 1
-                bar.update(self.experiment.loader.global_batch)
-                self.meter.add(self.experiment.loader.global_batch, {**outcome.figures, "grad_norm": norm})
+                self.world.beat(f"step {self.progress.step}")
+                bar.update(images)
                 ended = self.progress.step % self.steps == 0
-                saving = self._due(self.settings.checkpoint_every) and not ended
-                if saving or ended or self._due(self.experiment.tracking.log_every):
-                    bar.set_postfix_str(self._log(), refresh=False)  # refuses a loss that is not finite
-                if saving:
+                if ended or self._due(self.experiment.tracking.log_every):
+                    bar.set_postfix_str(self._log(), refresh=False)
+                if stop.agreed() and not ended:
+                    self.leave()
+                if self._due(self.settings.checkpoint_every) and not ended:
                     self.save()
 
     def train_step(self, batch: Batch) -> tuple[Outcome, torch.Tensor]:
-        """One optimiser step; returns what happened and the gradient's norm."""
+        """One optimiser step, taken if it is `good`; returns what happened and the gradient's norm."""
         epoch, step = divmod(self.progress.step, self.steps)
-        rate = learning_rate(self.settings, self.progress.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         draws = generator(self.settings.seed, Purpose.MINING, epoch, step)
         uniform = draws.random((self.experiment.loader.global_batch, 2), dtype=np.float32)
         outcome: Outcome = self.learner(
@@ -211,87 +218,78 @@ class Trainer:
             torch.from_numpy(uniform).to(self.world.device, non_blocking=True),
             self.precision,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
-        limit = self.settings.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), limit)
-        self.optimizer.step()
+        self.optimisation.backward(outcome.loss)
+        norm = self.optimisation.clip()
+        self.good = self.guard.judge(self.progress.step + 1, outcome.loss, norm, outcome.embeddings)
+        rate = learning_rate(self.settings, self.progress.step, self.steps)
+        self.optimisation.step(rate, self.good)
+        if self.average:
+            self.average.update(self.progress.step, self.good)
         return outcome, norm
 
     def validate(self) -> None:
-        """ROC-AUC of the validation split against this epoch's class centroids; keeps the best encoder."""
+        """Figures of the validation split, under all ranks; keeps the best encoder."""
         started = time.perf_counter()
-        broadcast_buffers(self.encoder)
-        index, vectors = embed(self.encoder, self.validation, precision=self.precision)
-        if not np.isfinite(vectors).all():
-            raise UserError(f"the encoder diverged in the epoch before step {self.progress.step}: {DIVERGED}")
+        encoder = self.average.encoder if self.average else self.encoder
+        broadcast_buffers(encoder)
+        held = self._embedded(encoder, self.data.held)
         positive = self.shards.positive
-        auc = broadcast(
-            float(
-                roc_auc_score(self.shards.labels[index] == positive, self.centroids.score(vectors, positive))
-            )
+        score = self.centroids.score(held.vectors, positive)
+        figures = {"roc_auc": float(roc_auc_score(held.labels == positive, score))}
+        figures |= validation.figures(
+            held,
+            self._embedded(encoder, self.data.known) if self.data.known else None,
+            positive=positive,
+            margin=self.experiment.loss.margin,
+            world=self.world,
         )
-        self.progress.history.append(auc)
-        self.progress.stale += 1
-        if auc > self.progress.best_auc:
-            self.progress.best_auc, self.progress.best_step, self.progress.stale = auc, self.progress.step, 0
-            self.best = {k: v.detach().cpu().clone() for k, v in self.encoder.state_dict().items()}
+        figures = broadcast(figures)
+        if self.progress.note(figures, self.settings.monitor, self.steps):
+            self.best = {k: v.detach().cpu().clone() for k, v in encoder.state_dict().items()}
         self.tracker.log(
             self.progress.step,
             {
                 "epoch": self.progress.step / self.steps,
-                "val_roc_auc": auc,
-                "val_spread": float(spread(torch.from_numpy(vectors))),
+                **{f"val_{name}": value for name, value in figures.items()},
+                "val_spread": float(spread(torch.from_numpy(held.vectors))),
                 "val_seconds": time.perf_counter() - started,
             },
         )
         if self.world.main:
-            best = "best" if not self.progress.stale else f"best {self.progress.best_auc:.3f}"
-            tqdm.write(
-                f"epoch {self.progress.step // self.steps}: validation AUC {auc:.3f} ({best})", sys.stderr
-            )
+            tqdm.write(self.progress.said(self.settings.monitor, self.steps), sys.stderr)
         self.meter.reset()
 
     def save(self) -> None:
-        """Checkpoint this step. Every rank holds the same state, so rank 0 writes it."""
+        """Checkpoint this step, while training goes on. Every rank holds the same state: rank 0 writes it."""
         if self.world.main:
-            state = {
-                "learner": self.bare.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "centroids": self.centroids.state(),
-                "best": self.best,
-            }
-            folder = self.folder / "checkpoints"
-            checkpoint.save(folder, self.fingerprint, self.progress, state, keep=self.settings.keep)
+            self.saver.save(self.progress, self._state(), self.good)
+
+    def leave(self) -> Never:
+        """Save this step, and end on all ranks."""
+        if self.world.main:
+            self.saver.save(self.progress, self._state(), torch.tensor(True))
+            self.saver.settle(must=True)
+        barrier()  # a launcher ends the others when one has ended
+        raise StoppedError(
+            f"told to stop: step {self.progress.step} is saved, the same command goes on from there "
+            f"(exit status {RESUMABLE})"
+        )
 
     def export(self) -> None:
         """Write the best encoder as the run's."""
         if not self.world.main:
             return
+        self.saver.settle()
         self.encoder.load_state_dict(self.best)
-        loader = self.experiment.loader
-        about = {
-            **self.experiment.model.model_dump(include={"backbone", "embedding_dim"}),
-            "preprocessing": {"size": loader.size, "mean": loader.mean, "std": loader.std},
-            "encoding": self.shards.manifest["settings"]["encode"],
-            "classes": self.shards.classes,
-            "positive": self.shards.positive,
-            "shards_sha256": self.shards.sha256,
-            "validation_roc_auc": self.progress.best_auc,
-            "best_epoch": self.progress.best_step // self.steps,
-            "epochs": self.progress.step // self.steps,
-            "notice": self.shards.notice,
-            "made_from": json.loads(self.fingerprint),
-        }
+        about = result.describe(self.experiment, self.shards, self.progress, self.steps)
         runfolder.save_encoder(self.folder, self.encoder, about)
-        self.tracker.figures({"best_val_roc_auc": self.progress.best_auc}, {})
+        best = {f"best_val_{name}": value for name, value in self.progress.best_figures.items()}
+        self.tracker.figures(best, {})
 
     def close(self) -> None:
-        """End the loaders' threads and let go of the cache."""
-        self.loader.close()
-        self.validation.close()
-        if self.cache is not None:
-            self.cache.close()
+        """Wait for a checkpoint that is being written, end the loaders' threads, let go of the cache."""
+        self.saver.close()
+        self.data.close()
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0
@@ -316,25 +314,22 @@ class Trainer:
 
     def _log(self) -> str:
         """Log the steps since the last line; here alone the host waits for the device."""
+        self.saver.look()
         figures = self.meter.read()
-        if not math.isfinite(figures["loss"]):
-            raise UserError(f"the loss is {figures['loss']} at step {self.progress.step}: {DIVERGED}")
         figures |= {
             "epoch": self.progress.step / self.steps,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "replaced_samples": total(len(self.loader.source.substitutes), self.world.device),
+            "lr": learning_rate(self.settings, self.progress.step - 1, self.steps),
+            "skipped_steps": self.guard.check(),
+            "replaced_samples": total(len(self.data.training.source.substitutes), self.world.device),
         }
         self.tracker.log(self.progress.step, figures)
-        return f"loss {figures['loss']:.3f}, waiting {figures['data_wait']:.0%}"
+        return f"loss {figures.get('loss', math.nan):.3f}, waiting {figures['data_wait']:.0%}"
 
-    def _log_images(self, batch: Batch) -> None:
-        settings = self.experiment.loader
-        count = self.experiment.tracking.images
-        mean, std = (
-            torch.tensor(v, device=batch.images.device)[:, None, None] for v in (settings.mean, settings.std)
-        )
-        names = [self.shards.classes[label] for label in batch.labels[:count].tolist()]
-        self.tracker.images("augmented", batch.images[:count] * std + mean, names)
+    def _embedded(self, encoder: model.Encoder, loader: Loader) -> Embedded:
+        index, vectors = embed(encoder, loader, precision=self.precision, world=self.world)
+        if not np.isfinite(vectors).all():
+            raise UserError(f"the encoder diverged in the epoch before step {self.progress.step}: {REMEDY}")
+        return Embedded(vectors, self.shards.labels[index])
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

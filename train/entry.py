@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import RESUMABLE, UserError
 from configs.load import load
 from configs.schema import Experiment
-from train.distributed import PeerError, World, local_rank, process_rank, world
+from train.distributed import LostError, PeerError, World, local_rank, process_rank, world
+from train.signals import StoppedError
 
 USAGE = """torchrun --nproc-per-node=N -m train.encoder CONFIG [section.key=value …]
-The fields: moleprint train --help"""
+The fields: moleprint train --help
+Exit status: 0 done; 2 an error, which is told; 75 the same command goes on from the newest checkpoint
+(SIGTERM or SIGUSR1 came, a rank was lost or hangs)."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -25,7 +28,7 @@ def start(stage: Callable[[Experiment, World], None]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         experiment = load(Path(sys.argv[1]), sys.argv[2:])
-        with world() as here:
+        with world(experiment.train.timeout) as here:
             stage(experiment, here)
     except UserError as error:
         if error.spoken_by(local_rank()):
@@ -35,5 +38,17 @@ def start(stage: Callable[[Experiment, World], None]) -> None:
         sys.exit(2)
     except PeerError:
         sys.exit(2)
+    except LostError as error:
+        print(
+            f"error: rank {process_rank()}: another rank is gone ({error}); the same command goes on from "
+            "the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(RESUMABLE)
+    except StoppedError as stopped:
+        if process_rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        sys.exit(RESUMABLE)
     except KeyboardInterrupt:  # the launcher says so
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ class Meter:
     def reset(self) -> None:
         """Forget what was measured."""
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps, self._images, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+        self._steps: torch.Tensor | int = 0
+        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, the time until each is there counted."""
@@ -29,16 +31,31 @@ class Meter:
                 return
             yield batch
 
-    def add(self, images: int, figures: dict[str, torch.Tensor]) -> None:
-        """Count a step: its images over all ranks, and scalars on the device."""
-        self._steps += 1
+    def add(self, images: int, figures: dict[str, torch.Tensor], good: torch.Tensor) -> None:
+        """Count a step: its images over all ranks, and scalars on the device, which count if `good` does."""
         self._images += images
-        self._sums = {name: self._sums.get(name, 0) + value for name, value in figures.items()}
+        self._steps = self._steps + good
+        self._sums = {
+            name: self._sums.get(name, 0) + torch.where(good, value, 0) for name, value in figures.items()
+        }
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, `images_per_second` of all ranks, `data_wait` of this one (0..1)."""
-        figures = {name: float(value) / self._steps for name, value in self._sums.items()}
+        """Means since the last reading, `images_per_second` of all ranks, `data_wait` of this one (0..1).
+
+        Without a single good step there are no means.
+        """
+        steps = int(self._steps)
+        figures = {name: float(value) / steps for name, value in self._sums.items()} if steps else {}
         seconds = time.perf_counter() - self._since  # after the device has caught up
         figures |= {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
         self.reset()
         return figures
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint between two readings: all but the clock."""
+        return {"sums": self._sums, "steps": self._steps}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """From a checkpoint."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._steps = torch.as_tensor(state["steps"], device=device)

@@ -106,5 +106,9 @@ def place(module: nn.Module, device: torch.device) -> None:
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type that `train.precision` means on a device."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if precision == "bfloat16" or (precision == "auto" and native) else torch.float32
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16

@@ -73,7 +73,7 @@ def test_a_compiled_step_in_bfloat16_is_finite_and_learns(
     trainer = Trainer(settings, World(device=gpu))
     before = {name: value.clone() for name, value in trainer.encoder.named_parameters()}
     trainer.learner.train()
-    outcome, norm = trainer.train_step(next(trainer.loader.epoch()))
+    outcome, norm = trainer.train_step(next(trainer.data.training.epoch()))
     assert math.isfinite(outcome.loss.item()) and 0 < norm.item() < math.inf
     assert outcome.embeddings.dtype == torch.float32
     torch.testing.assert_close(outcome.embeddings.norm(dim=1).cpu(), torch.ones(32))

@@ -26,7 +26,7 @@ def tiny_experiment(tiny_shards: ShardSet) -> Make:
             "loader": {"global_batch": 8, "size": 32, "steps_per_epoch": STEPS, "threads": 1},
             "model": {"backbone": "resnet18", "embedding_dim": 16},
             "loss": {"mining": "random"},
-            "train": {"epochs": EPOCHS, "patience": 0, "checkpoint_every": 3},
+            "train": {"epochs": EPOCHS, "patience": 0, "checkpoint_every": 3, "probe_images": 0},
             "tracking": {"mode": "disabled", "log_every": 1},
             "run": {"folder": folder},
         }

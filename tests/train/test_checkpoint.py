@@ -12,14 +12,15 @@ from configs.errors import UserError
 from configs.load import fields
 from configs.schema import Experiment
 from train import checkpoint
-from train.checkpoint import FREE, Progress
+from train.checkpoint import FREE
+from train.progress import Progress
 
 FINGERPRINT = checkpoint.fingerprint(Experiment(), "abc")
 
 
 def save(folder: Path, step: int, keep: int = 2) -> None:
     """A small checkpoint of a step."""
-    progress = Progress(step=step, best_auc=step / 100, run_id="w1", history=[0.25, step / 100])
+    progress = Progress(step=step, best=step / 100, run_id="w1", history=[0.25, step / 100])
     checkpoint.save(folder, FINGERPRINT, progress, {"learner": {"w": torch.full((3,), step)}}, keep=keep)
 
 
@@ -33,7 +34,7 @@ def loaded(folder: Path) -> tuple[Progress, dict[str, Any]]:
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     save(tmp_path, 7)
     progress, state = loaded(tmp_path)
-    assert asdict(progress) == asdict(Progress(7, 0.07, 0, 0, "w1", [0.25, 0.07]))
+    assert asdict(progress) == asdict(Progress(7, 0.07, run_id="w1", history=[0.25, 0.07]))
     assert state.keys() == {"learner"} and torch.equal(state["learner"]["w"], torch.full((3,), 7))
 
 
@@ -83,10 +84,11 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path: Path) -> None:
     save(tmp_path, 1)
     other = Experiment(train={"lr": 1e-5}, loader={"augment": {"hue": 3}})  # type: ignore[arg-type]
     with pytest.raises(
-        UserError, match=r"differing in loader\.augment, train\.lr; choose another run\.folder"
+        UserError,
+        match=r"differing in\n  loader\.augment\.hue: 10\.0 → 3\.0\n  train\.lr: 0\.0003 → 1e-05\nchoose",
     ):
         checkpoint.load(tmp_path, checkpoint.fingerprint(other, "abc"))
-    with pytest.raises(UserError, match=r"differing in shards\.sha256"):
+    with pytest.raises(UserError, match=r"differing in\n  shards\.sha256: abc → abd\n"):
         checkpoint.load(tmp_path, checkpoint.fingerprint(Experiment(), "abd"))
 
 
@@ -98,7 +100,7 @@ def test_fields_that_came_later_do_not_stop_a_run(tmp_path: Path) -> None:
     assert loaded(tmp_path)[0].step == 3
     assert checkpoint.completed(older) == json.loads(FINGERPRINT)
     other = Experiment(loader={"augment": {"blur": 1}})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"differing in loader\.augment; choose"):
+    with pytest.raises(UserError, match=r"differing in\n  loader\.augment\.blur: 0\.0 → 1\.0\nchoose"):
         checkpoint.load(tmp_path, checkpoint.fingerprint(other, "abc"))
 
 

@@ -13,11 +13,12 @@ from torch import nn
 from configs.training import Train
 from shards.files import sha256
 from shards.shardset import ShardSet
-from train import encoder
+from train import encoder, result
 from train.centroids import Centroids
 from train.distributed import world
-from train.encoder import _decay_groups, learning_rate
+from train.encoder import _decay_groups
 from train.runfolder import load_encoder
+from train.schedule import learning_rate
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -46,8 +47,10 @@ def test_biases_and_norms_do_not_decay() -> None:
 def test_the_centroid_score_is_a_difference_of_cosines() -> None:
     centroids = Centroids(3, 2, torch.device("cpu"))
     vectors = torch.tensor([[1.0, 0], [1, 0], [0, 1], [-1, 0]])
-    centroids.add(vectors[:2], torch.tensor([0, 0]))
-    centroids.add(vectors[2:], torch.tensor([1, 2]))
+    good = torch.tensor(True)
+    centroids.add(vectors[:2], torch.tensor([0, 0]), good)
+    centroids.add(vectors[2:], torch.tensor([1, 2]), good)
+    centroids.add(vectors * torch.nan, torch.tensor([0, 1, 2, 0]), ~good)
     score = centroids.score(np.array([[0, 1], [1, 0], [-1, 0]], np.float32), positive=1)
     assert score.tolist() == pytest.approx([1, -1, -1])
     other = Centroids(3, 2, torch.device("cpu"))
@@ -93,10 +96,10 @@ def test_a_finished_run_knows_it_and_does_not_train_again(
     trained: Path, tiny_experiment: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = tiny_experiment(trained)
-    assert encoder.finished(experiment)
-    assert encoder.finished(tiny_experiment(trained, evaluate={"seed": 3}))
-    assert not encoder.finished(tiny_experiment(trained, train={"epochs": 9}))
-    assert not encoder.finished(tiny_experiment(trained.parent / "none"))
+    assert result.finished(experiment)
+    assert result.finished(tiny_experiment(trained, evaluate={"seed": 3}))
+    assert not result.finished(tiny_experiment(trained, train={"epochs": 9}))
+    assert not result.finished(tiny_experiment(trained.parent / "none"))
     before = sha256(trained / "encoder.safetensors")
     monkeypatch.delattr(encoder.Trainer, "train_step")
     with world() as here:

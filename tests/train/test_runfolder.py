@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
-from train import encoder, runfolder
+from train import encoder, result, runfolder
 from train.distributed import World
 
 
@@ -67,9 +67,9 @@ def test_a_run_without_its_weights_is_not_finished(
     for name in ("encoder.json", "encoder.safetensors"):
         (copy / name).write_bytes((trained / name).read_bytes())
     experiment = tiny_experiment(copy)
-    assert encoder.finished(experiment)
+    assert result.finished(experiment)
     (copy / "encoder.safetensors").unlink()
-    assert not encoder.finished(experiment)
+    assert not result.finished(experiment)
 
 
 def test_a_mistake_on_another_host_is_told_by_its_first_rank() -> None:

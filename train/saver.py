@@ -1,0 +1,89 @@
+"""Checkpoints written while training goes on: the state is copied at once, and a thread does the rest."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from train import checkpoint
+from train.progress import Progress
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread of its own, one at a time.
+
+    What it holds meanwhile is one copy of the state in the host's memory.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, keep: int) -> None:
+        self._save = partial(checkpoint.save, folder, fingerprint, keep=keep)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, progress: Progress, state: dict[str, Any], good: torch.Tensor) -> None:
+        """Begin to write a state; waits only where the one before is still being written.
+
+        Args:
+            state: nested dicts and lists of tensors; training may change them as soon as this returns.
+            good: boolean scalar on the device: whether the newest step was finite. If not, nothing is
+                written, so that a run that diverges does not push out the checkpoints from before.
+        """
+        self.settle()
+        copied, good = _copied(state), _copied(good)
+        event = None
+        if torch.cuda.is_available():  # the device makes the copies when it comes to them
+            event = torch.cuda.current_stream().record_event()  # type: ignore[no-untyped-call]
+        self._writing = self._thread.submit(self._write, deepcopy(progress), copied, good, event)
+
+    def settle(self, *, must: bool = False) -> None:
+        """Wait for what is being written. If there was no room for it, a warning says so.
+
+        Raises:
+            UserError: instead of the warning, if it `must` have been written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except UserError as error:
+            if must:
+                raise
+            print(f"warning: {error}; training goes on, older checkpoints stay", flush=True)
+
+    def look(self) -> None:
+        """Tell of a failure as soon as it is known; waits for nothing."""
+        if self._writing is not None and self._writing.done():
+            self.settle()
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the thread."""
+        self.settle()
+        self._thread.shutdown()
+
+    def _write(
+        self, progress: Progress, state: dict[str, Any], good: torch.Tensor, event: torch.cuda.Event | None
+    ) -> None:
+        if event:
+            event.synchronize()
+        if good:
+            self._save(progress, state)
+
+
+def _copied(value: Any) -> Any:
+    """The same nesting with tensors copied to the host; those on a GPU are on their way when this returns."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    if value.device.type == "cpu":
+        return value.clone()
+    # torch keeps pinned memory that is let go for the next checkpoint.
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)

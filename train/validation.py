@@ -1,0 +1,77 @@
+"""Validation figures of frozen embeddings: retrieval, nearest neighbours, a linear probe."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pipeline.counter import Purpose, generator
+from pipeline.sampler import Indices
+from train import retrieval
+from train.distributed import World, sum_over_ranks
+from train.precision import exact_products
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted kNN of Wu 2018 (arXiv 1805.01978), as DINO evaluates by
+PROBE_C = 0.1  # inverse strength of the probe's L2 penalty, on standardised embeddings
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Samples (n, dim) and their classes (n,)."""
+
+    vectors: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def figures(
+    held: Embedded, known: Embedded | None, *, positive: int, margin: float, world: World
+) -> dict[str, float]:
+    """Figures of the validation split; the ranks share the retrieval.
+
+    Args:
+        held: the validation split, the same on every rank.
+        known: training samples that kNN and the linear probe learn from; without any there is neither.
+    """
+    vectors, labels = (torch.from_numpy(a).to(world.device) for a in (held.vectors, held.labels))
+    found = retrieval.queries(vectors, labels, margin=margin, rank=world.rank, world_size=world.size)
+    values = retrieval.averages(sum_over_ranks(found), labels)
+    if known is not None:
+        truth = held.labels == positive
+        knn = neighbours(vectors, known, positive)
+        values["knn_roc_auc"] = float(roc_auc_score(truth, knn.cpu()))
+        values["probe_roc_auc"] = float(roc_auc_score(truth, linear_probe(held.vectors, known, positive)))
+    return values
+
+
+def neighbours(vectors: torch.Tensor, known: Embedded, positive: int, k: int = NEIGHBOURS) -> torch.Tensor:
+    """Share (n,) of the positive class among each one's k nearest, weighted by exp(cosine / temperature)."""
+    others, labels = (torch.from_numpy(a).to(vectors.device) for a in (known.vectors, known.labels))
+    shares = []
+    with torch.inference_mode(), exact_products():
+        for part in torch.split(vectors, 4096):
+            cosine, nearest = (part @ others.T).topk(min(k, len(others)), dim=1)
+            weight = ((cosine - 1) / TEMPERATURE).exp()
+            shares.append((weight * (labels[nearest] == positive)).sum(1) / weight.sum(1))
+    return torch.cat(shares)
+
+
+def linear_probe(vectors: NDArray[np.float32], known: Embedded, positive: int) -> NDArray[np.float64]:
+    """Log-odds (n,) of the positive class by a logistic regression on standardised embeddings."""
+    probe = make_pipeline(
+        StandardScaler(), LogisticRegression(C=PROBE_C, class_weight="balanced", max_iter=1000)
+    )
+    probe.fit(known.vectors, known.labels == positive)
+    return np.asarray(probe.decision_function(vectors))
+
+
+def draw(labels: NDArray[np.int64], indices: Indices, count: int, *, seed: int) -> Indices:
+    """`count` of the indices, ascending, as many of each class; fewer where a class has not that many."""
+    shuffled = generator(seed, Purpose.PROBE, 0, 0).permutation(indices)
+    classes = np.unique(labels[indices])
+    chosen = [shuffled[labels[shuffled] == label][: count // len(classes)] for label in classes]
+    return np.sort(np.concatenate(chosen))
