@@ -34,15 +34,21 @@ class Progress:
         """
         value = figures[monitor]
         self.history.append(value)
-        is_best = better(value, self.best, monitor)
+        is_best = self.beats(value, monitor)
         if is_best:
             self.best, self.best_step, self.best_figures = value, self.step, figures
         self.stale = (self.step - self.best_step) // steps
         return is_best
 
+    def beats(self, value: float, monitor: str) -> bool:
+        """Whether a value of the monitored figure is better than the best; any is better than NaN."""
+        if self.best is None or math.isnan(self.best):
+            return True
+        return value < self.best if monitor in LOWER_IS_BETTER else value > self.best
+
     def said(self, monitor: str, steps: int) -> str:
         """The newest validation in a line."""
-        best = "best" if self.best_step == self.step else f"best {self.best or math.nan:.3f}"
+        best = "best" if self.best_step == self.step else f"best {self.best:.3f}"
         name = monitor.replace("_", " ").replace("roc auc", "AUC")
         return f"epoch {self.step // steps}: validation {name} {self.history[-1]:.3f} ({best})"
 
@@ -54,10 +60,3 @@ class Progress:
             known["best_figures"] = {"roc_auc": recorded["best_auc"]}
             known["best"] = recorded["best_auc"] if recorded["history"] else None
         return cls(**known)
-
-
-def better(value: float, best: float | None, monitor: str) -> bool:
-    """Whether a value of the monitored figure is the best so far; NaN never is."""
-    if best is None:
-        return not math.isnan(value)
-    return value < best if monitor in LOWER_IS_BETTER else value > best
