@@ -15,6 +15,17 @@ PATIENTS = 24
 IMAGES = 120
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How often each fault of tests/train/test_faults.py is tried."""
+    parser.addoption("--tries", type=int, default=1, help="tries of each fault, at random moments")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a try."""
+    if "attempt" in metafunc.fixturenames:
+        metafunc.parametrize("attempt", range(metafunc.config.getoption("tries")))
+
+
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `metadata.csv` and `images/`: 120 blobs of 24 patients, about a third of them positive.

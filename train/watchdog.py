@@ -76,6 +76,8 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+        if self._rank == 0:
+            time.sleep(3 * self._interval)  # without torchrun it holds the store that the others are asking
         os._exit(RESUMABLE)
 
     def _guilty(self) -> tuple[list[int], str]:

@@ -1,0 +1,281 @@
+"""Nothing ends in a lost run: killed, told to stop, out of room, one rank gone or hanging.
+
+Every fault is tried once; `pytest tests/train/test_faults.py --tries 20` tries it at as many random moments.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_resume import assert_equal_runs, checkpoints, lines
+from torch.distributed import TCPStore
+
+from configs.errors import RESUMABLE
+from configs.load import dump
+from train import encoder, entry
+from train.watchdog import Watchdog
+
+ROOT = Path(__file__).parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train.encoder"])  # torch and DALI are loaded once for all children
+
+
+@pytest.fixture
+def moment(attempt: int, request: pytest.FixtureRequest) -> random.Random:
+    """Random moments of this try, others in the next."""
+    return random.Random(f"{request.node.originalname} {attempt}")
+
+
+def train(config: Path, rank: int, size: int, port: int) -> None:
+    """What `torchrun -m train.encoder CONFIG` starts for a rank; its words go beside the configuration."""
+    words = os.open(config.with_suffix(f".{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    if size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    sys.argv = ["encoder", str(config)]
+    entry.start(encoder.run)
+
+
+@contextmanager
+def started(config: Path, size: int = 1) -> Iterator[list[ForkServerProcess]]:
+    """Ranks that train; all are gone when the block ends."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [FORKS.Process(target=train, args=(config, rank, size, port)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    yield ranks
+    for process in ranks:
+        process.kill()
+        process.join()
+
+
+def ended(ranks: list[ForkServerProcess], seconds: float = 120) -> list[int | None]:
+    """Exit statuses, once all have ended."""
+    for process in ranks:
+        process.join(seconds)
+    return [process.exitcode for process in ranks]
+
+
+def until(what: Any, ranks: list[ForkServerProcess], seconds: float = 120) -> bool:
+    """Wait for something while all ranks live; whether it came."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        if not all(process.is_alive() for process in ranks):
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def words(config: Path, rank: int = 0) -> str:
+    """All that a rank has said."""
+    return config.with_suffix(f".{rank}.txt").read_text()
+
+
+@pytest.fixture
+def config(tiny_experiment: Any, tmp_path: Path) -> Path:
+    """The configuration of a short run, a checkpoint after every step."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        dump(
+            tiny_experiment(
+                tmp_path / "run", train={"epochs": 2, "patience": 0, "checkpoint_every": 1, "probe_images": 0}
+            )
+        )
+    )
+    return path
+
+
+def test_killed_at_any_moment_it_ends_as_the_unbroken_one(
+    config: Path, trained: Path, moment: random.Random
+) -> None:
+    folder = config.parent / "run"
+    kills = 0
+    while True:
+        with started(config) as (process,):
+            begun = len(checkpoints(folder))
+            # From its start on, or from a checkpoint on, of which there is one every step.
+            if until(lambda begun=begun: begun == 3 or len(checkpoints(folder)) > begun, [process]):  # type: ignore[misc]
+                process.join(moment.uniform(0, 0.6))
+            if process.exitcode is None and kills < 4:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            if ended([process]) == [0]:
+                break
+            assert process.exitcode == -signal.SIGKILL
+    assert kills
+    assert_equal_runs(folder, trained)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_killed_while_it_writes_a_checkpoint_it_ends_as_the_unbroken_one(
+    config: Path, trained: Path, moment: random.Random
+) -> None:
+    folder = config.parent / "run"
+    with started(config) as (process,):
+        assert until(lambda: len(checkpoints(folder)) > moment.randrange(3), [process])
+        assert until(lambda: list(folder.glob("checkpoints/.step-*.tmp")), [process])
+        os.kill(process.pid, signal.SIGKILL)
+        assert ended([process]) == [-signal.SIGKILL]
+    assert list(folder.glob("checkpoints/.step-*.tmp"))
+    with started(config) as (process,):
+        assert ended([process]) == [0], words(config)
+    assert_equal_runs(folder, trained)
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_it_saves_its_step_and_goes_on(
+    number: signal.Signals, config: Path, trained: Path, moment: random.Random
+) -> None:
+    folder = config.parent / "run"
+    config.write_text(config.read_text().replace("checkpoint_every: 1", "checkpoint_every: 0"))
+    with started(config) as (process,):
+        assert until(
+            lambda: (folder / "metrics.jsonl").exists() and len(lines(folder)) > moment.randrange(3),
+            [process],
+        )
+        os.kill(process.pid, number)
+        assert ended([process]) == [RESUMABLE], words(config)
+    step = lines(folder)[-1]["step"]
+    assert f"told to stop: step {step} is saved" in words(config)
+    assert checkpoints(folder)[-1] == f"step-{step:08d}.pt"
+    with started(config) as (process,):
+        assert ended([process]) == [0], words(config)
+    assert_equal_runs(folder, trained)
+
+
+@pytest.fixture
+def endless(tiny_experiment: Any, tmp_path: Path) -> Path:
+    """The configuration of a run that would take for ever."""
+    path = tmp_path / "config.yaml"
+    settings = {"epochs": 10_000, "patience": 0, "checkpoint_every": 1, "probe_images": 0, "timeout": 4}
+    path.write_text(dump(tiny_experiment(tmp_path / "run", train=settings)))
+    return path
+
+
+def test_all_ranks_stop_at_one_step_when_one_is_told(endless: Path, moment: random.Random) -> None:
+    folder = endless.parent / "run"
+    with started(endless, 2) as ranks:
+        assert until(lambda: checkpoints(folder), ranks)
+        time.sleep(moment.uniform(0, 0.5))
+        os.kill(ranks[moment.randrange(2)].pid, signal.SIGUSR1)
+        assert ended(ranks) == [RESUMABLE] * 2, words(endless) + words(endless, 1)
+    step = lines(folder)[-1]["step"]
+    assert f"told to stop: step {step} is saved" in words(endless)
+    assert checkpoints(folder)[-1] == f"step-{step:08d}.pt"
+
+
+@pytest.mark.parametrize("guilty", [1, 0])
+def test_a_rank_that_is_stopped_ends_all_by_name(guilty: int, endless: Path, moment: random.Random) -> None:
+    """Rank 0 holds the store that the others speak through, as without torchrun."""
+    folder = endless.parent / "run"
+    with started(endless, 2) as ranks:
+        assert until(lambda: checkpoints(folder), ranks)
+        time.sleep(moment.uniform(0, 0.5))
+        os.kill(ranks[guilty].pid, signal.SIGSTOP)
+        assert ended([ranks[1 - guilty]], 40) == [RESUMABLE], words(endless, 1 - guilty)
+    assert f"no step for 4 s (train.timeout): rank {guilty} " in words(endless, 1 - guilty)
+
+
+def test_a_rank_that_is_killed_ends_all(endless: Path, moment: random.Random) -> None:
+    folder = endless.parent / "run"
+    with started(endless, 2) as ranks:
+        assert until(lambda: checkpoints(folder), ranks)
+        time.sleep(moment.uniform(0, 0.5))
+        guilty = moment.randrange(2)
+        os.kill(ranks[guilty].pid, signal.SIGKILL)
+        assert ended([ranks[1 - guilty]], 40) == [RESUMABLE], words(endless, 1 - guilty)
+    assert "Traceback" not in words(endless, 1 - guilty)
+    assert "another rank is gone" in words(endless, 1 - guilty)
+
+
+def step_by_step(rank: int, port: int, steps: int, said: Path) -> None:
+    """A rank that makes some steps and then hangs, its other threads alive."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    store = TCPStore("localhost", port, is_master=rank == 0, wait_for_workers=False)
+    watchdog = Watchdog(store, rank=rank, size=3, timeout=1)
+    for step in range(steps):
+        watchdog.beat(f"step {step + 1}")
+        time.sleep(0.05)
+    time.sleep(60)
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [
+        FORKS.Process(target=step_by_step, args=(rank, port, steps, tmp_path / str(rank)))
+        for rank, steps in enumerate((9, 7, 9))
+    ]
+    for process in ranks:
+        process.start()
+    assert ended(ranks, 30) == [RESUMABLE] * 3
+    assert "rank 1 hangs after step 7; all ranks end" in (tmp_path / "0").read_text()
+    assert "error:" not in (tmp_path / "1").read_text() + (tmp_path / "2").read_text()
+
+
+def weigh(config: Path, found: Path) -> None:
+    """Train, and note the resident memory after every validation."""
+    plain, sizes = encoder.Trainer.validate, []
+
+    def validate(trainer: encoder.Trainer) -> None:
+        plain(trainer)
+        trainer.saver.settle()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+    encoder.Trainer.validate = validate  # type: ignore[method-assign]
+    train(config, 0, 1, 0)
+    found.write_text(json.dumps(sizes))
+
+
+def test_memory_is_flat_over_epochs(tiny_experiment: Any, tmp_path: Path) -> None:
+    epochs = 24
+    settings = {"epochs": epochs, "patience": 0, "ema": 0.9, "probe_images": 16}
+    loader = {"global_batch": 8, "size": 32, "steps_per_epoch": 1, "threads": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(tiny_experiment(tmp_path / "run", train=settings, loader=loader)))
+    process = FORKS.Process(target=weigh, args=(config, tmp_path / "sizes.json"))
+    process.start()
+    assert ended([process]) == [0], words(config)
+    sizes = np.array(json.loads((tmp_path / "sizes.json").read_text())) / 1e6
+    assert len(sizes) == epochs
+    slope = np.polyfit(np.arange(epochs // 2), sizes[epochs // 2 :], 1)[0]
+    assert slope < 1, f"{slope:.2f} MB an epoch: {sizes.round()}"  # the weights alone are 45 MB
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_after_a_rank_is_lost(config: Path, moment: random.Random) -> None:
+    folder = config.parent / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "--max-restarts=1", "--monitor-interval=0.1", "-m", "train.encoder", str(config)]
+    with (config.parent / "torchrun.txt").open("w") as said:
+        launched = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+    deadline = time.monotonic() + 200
+    while not checkpoints(folder):
+        assert launched.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    time.sleep(moment.uniform(0, 0.3))
+    os.kill(int(children[moment.randrange(2)]), signal.SIGKILL)
+    assert launched.wait(200) == 0, (config.parent / "torchrun.txt").read_text()
+    assert [row["step"] for row in lines(folder) if "loss" in row] == list(range(1, 9))
+    assert (folder / "encoder.json").exists()
