@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except StageError:  # the stage's own processes have said why
-        sys.exit(2)
+    except StageError as error:  # the stage's own processes have said why
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print(
             "interrupted; run it again: what is finished stays, training goes on from its newest checkpoint",

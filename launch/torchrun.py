@@ -2,13 +2,23 @@
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
 
+from configs.errors import RESUMABLE
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What is handed on to the processes: all that torch hands on unasked, and SLURM's warning."""
+
 
 class StageError(Exception):
-    """A process of a stage ended with an error, which it has printed itself."""
+    """A process of a stage ended early and has said why; `status` is what this command should end with."""
+
+    def __init__(self, module: str, status: int) -> None:
+        super().__init__(module)
+        self.status = status
 
 
 def torchrun(module: str, arguments: Sequence[str], *, processes: int) -> None:
@@ -17,8 +27,8 @@ def torchrun(module: str, arguments: Sequence[str], *, processes: int) -> None:
     The same as `torchrun --standalone --nproc-per-node=N -m module arguments`.
 
     Raises:
-        StageError: if a process ends with an error.
-        KeyboardInterrupt: if this process is told to end, by Ctrl-C or SIGTERM.
+        StageError: if a process ends with an error, or this one is told to end by SIGTERM or SIGUSR1.
+        KeyboardInterrupt: if it is told to end otherwise, as by Ctrl-C.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -37,13 +47,17 @@ def torchrun(module: str, arguments: Sequence[str], *, processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle=SIGNALS,
     )
     try:
         # -P: a `train.py` in the user's folder is not ours.
         elastic_launch(config, sys.executable)("-P", "-m", module, *arguments)
-    except ChildFailedError:
-        raise StageError(module) from None
-    except SignalException:
+    except ChildFailedError as error:
+        resumable = all(failure.exitcode == RESUMABLE for failure in error.failures.values())
+        raise StageError(module, RESUMABLE if resumable else 2) from None
+    except SignalException as told:
+        if told.sigval in (signal.SIGTERM, signal.SIGUSR1):
+            raise StageError(module, RESUMABLE) from None
         raise KeyboardInterrupt from None
 
 

@@ -14,7 +14,7 @@ import torch
 import wandb
 
 from configs.schema import Experiment
-from shards.files import atomic, read_json, write_json
+from shards.files import atomic, read_json, write_json, writing
 
 
 class Tracker:
@@ -49,7 +49,7 @@ class Tracker:
         if not self._active:
             return
         line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **values}
-        with self._lines.open("a", encoding="utf-8") as file:
+        with writing(self._lines), self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._wandb:
             self._wandb.log({f"{self._stage}/{k}": v for k, v in {"step": step, **values}.items()})

@@ -1,6 +1,7 @@
 """`moleprint train` told to end, or killed: it says so in a line, and no rank trains on alone."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def test_ctrl_c_ends_it_in_one_line(training: tuple[subprocess.Popen[str], Path]
     assert "training goes on from its newest checkpoint" in said
     assert_no_rank_left(folder)
     assert not list(folder.rglob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_sigusr1_saves_the_step_and_ends_it_with_a_status_of_its_own(
+    training: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, folder = training
+    process.send_signal(signal.SIGUSR1)  # SLURM's --signal=USR1@…
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    saved = re.search(r"told to stop: step (\d+) is saved", said)
+    assert saved and "Traceback" not in said
+    assert (folder / f"checkpoints/step-{int(saved[1]):08d}.pt").exists()
+    assert_no_rank_left(folder)
 
 
 @pytest.mark.slow
