@@ -3,25 +3,27 @@
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_resume import train_until
+from test_resume import lines, train_until
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import DamagedDataError, UserError
 from configs.schema import Experiment
-from configs.training import Loss
+from configs.training import Loss, Model
 from shards.shardset import ShardSet
-from train import encoder
+from train import encoder, model
 from train.distributed import (
     World,
     barrier,
@@ -36,9 +38,10 @@ from train.distributed import (
 )
 from train.embed import embed, evaluation_loader
 from train.learner import Learner
-from train.model import build
+from train.model import Encoder, build
+from train.validation import Embedded, figures
 
-WORLDS = (4, 2)
+WORLDS = (2, 4)
 BATCH, DIM = 16, 6
 OBJECTIVES = {
     "random": Loss(mining="random", margin=0.3),
@@ -99,7 +102,17 @@ def collectives(rank: int, size: int) -> dict[str, Any]:
         "total": total(rank + 1, torch.device("cpu")),
         "told": told(lambda: check_equal(min(rank, 1), "step")),
         "buffers": (module.running_mean, module.num_batches_tracked),
+        "validation": validated(World(rank, size)),
     }
+
+
+def validated(here: World) -> dict[str, float]:
+    """Validation figures of some vectors."""
+    held = Embedded(
+        F.normalize(torch.randn(41, 5, generator=torch.Generator().manual_seed(1))).numpy(),
+        np.arange(41) % 5 // 3,
+    )
+    return figures(held, held, positive=1, margin=0.2, world=here)
 
 
 def told(check: Callable[[], None]) -> str:
@@ -118,17 +131,31 @@ def embeddings(experiment: Experiment, here: World) -> tuple[np.ndarray, np.ndar
     return embed(build(experiment.model, seed=3), loader, precision=torch.float32)
 
 
-def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment, cached: Experiment) -> None:
-    """All that one rank does, in groups of 4 and then of 2."""
+def without_statistics(settings: Model, *, seed: int) -> Encoder:
+    """An encoder that a batch's parts mean the same to as the whole: groups, not batches, are normalised."""
+    encoder = build(settings, seed=seed)
+    for module in list(encoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(8, child.num_features))
+    return encoder
+
+
+def work(
+    rank: int, folder: Path, whole: Experiment, cut: Experiment, cached: Experiment, elastic: Experiment
+) -> None:
+    """All that one rank does, in groups of 2 and then of 4."""
     torch.set_num_threads(1)
     for world_size in WORLDS:
+        if rank >= world_size:
+            continue
         store = folder / f"store-{world_size}"
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=240),  # the ranks of 4 wait for those of 2
         )
         here = World(rank, world_size, rank, world_size)
         found = {name: gradients(settings, rank, world_size) for name, settings in OBJECTIVES.items()}
@@ -139,9 +166,14 @@ def work(rank: int, size: int, folder: Path, whole: Experiment, cut: Experiment,
             train_until(7, cut, here)
             encoder.run(cut, here)
             encoder.run(cached, here)
+            with mock.patch.object(model, "build", without_statistics):
+                train_until(5, elastic, here)
+            if rank == 0:
+                shutil.copytree(folder / "elastic", folder / "elastic-1")
+        else:
+            with mock.patch.object(model, "build", without_statistics):
+                encoder.run(elastic, here)
         dist.destroy_process_group()
-        if rank >= 2:
-            return
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +181,15 @@ def ranks(tiny_experiment: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """The folder with every rank's results and two runs of 2 ranks; the modules are loaded once for all."""
     folder = tmp_path_factory.mktemp("ranks")
     cached = tiny_experiment(folder / "cached", loader={"cache": "host", "read": "pread", "prefetch": 1})
-    arguments = (4, folder, tiny_experiment(folder / "whole"), tiny_experiment(folder / "cut"), cached)
+    runs = [tiny_experiment(folder / name) for name in ("whole", "cut")]
+    arguments = (folder, *runs, cached, tiny_experiment(folder / "elastic"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.encoder"])
     processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=150)
+        process.join(timeout=300)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * 4
     yield folder
@@ -191,6 +224,7 @@ def test_collectives(size: int, ranks: Path) -> None:
         assert f"ranks {list(range(1, size))} have another step than rank 0" in found["told"]
         mean, count = found["buffers"]
         assert mean.tolist() == [0, 0] and count == 7
+        assert found["validation"] == pytest.approx(validated(World()), abs=1e-7)
 
 
 @pytest.mark.parametrize("size", WORLDS)
@@ -216,6 +250,22 @@ def test_a_run_of_two_ranks_resumes_exactly(ranks: Path) -> None:
     assert [[row.get(k) for k in keys] for row in logged[0]] == [
         [row.get(k) for k in keys] for row in logged[1]
     ]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_run_of_two_ranks_goes_on_with_another_number(
+    size: int, ranks: Path, tiny_experiment: Any, tmp_path: Path
+) -> None:
+    with mock.patch.object(model, "build", without_statistics):
+        encoder.run(tiny_experiment(tmp_path / "alone"), World())
+        if size == 1:
+            encoder.run(tiny_experiment(ranks / "elastic-1"), World())
+    folder = ranks / ("elastic-1" if size == 1 else "elastic")
+    mine, alone = ([row for row in lines(run) if "loss" in row] for run in (folder, tmp_path / "alone"))
+    assert [row["step"] for row in mine] == list(range(1, 9))
+    for name in ("loss", "triplet", "spread"):
+        assert [row[name] for row in mine] == pytest.approx([row[name] for row in alone], rel=2e-3), name
+    assert len({round(row["loss"], 3) for row in alone}) == 8  # other samples would be seen
 
 
 def test_a_run_of_two_ranks_that_keep_images_decoded_is_the_same(ranks: Path) -> None:

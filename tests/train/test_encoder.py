@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
+from configs.errors import UserError
 from configs.training import Train
 from shards.files import sha256
 from shards.shardset import ShardSet
 from train import encoder, result
 from train.centroids import Centroids
-from train.distributed import world
+from train.distributed import World, world
 from train.encoder import _decay_groups
 from train.runfolder import load_encoder
 from train.schedule import learning_rate
@@ -90,6 +92,48 @@ def test_the_log_says_what_is_worth_watching(trained: Path) -> None:
         assert row["loss"] == pytest.approx(row["triplet"] + row["classification"], rel=1e-5)
         assert 0 <= row["data_wait"] <= 1 and row["images_per_second"] > 0 and row["grad_norm"] > 0
     assert [row["lr"] for row in steps] == [learning_rate(Train(epochs=2), step, 4) for step in range(8)]
+
+
+def test_bad_steps_are_skipped_and_then_end_the_run(tiny_experiment: Any, tmp_path: Path) -> None:
+    plain = encoder.Trainer.train_step
+
+    def poisoned(trainer: encoder.Trainer, batch: Any) -> Any:
+        if trainer.progress.step in (1, 4, 5, 6):
+            batch.images[3, 0, 0, 0] = math.nan
+        return plain(trainer, batch)
+
+    settings = {"epochs": 2, "patience": 0, "probe_images": 0, "max_bad_steps": 3, "checkpoint_every": 1}
+    experiment = tiny_experiment(tmp_path / "run", train={**settings, "keep": 9})
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match=r"3 steps in a row .* from step 5 on, which began on rank 0 "),
+    ):
+        patch.setattr(encoder.Trainer, "train_step", poisoned)
+        encoder.run(experiment, World())
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows if "epoch" in row and "lr" in row] == [0, 1, 1, 1, 2, 3]
+    assert ["loss" in row for row in rows if "lr" in row] == [True, False, True, True, False, False]
+    assert rows[4]["val_roc_auc"] > 0 and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    kept = sorted(path.stem for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (1, 3, 4)]  # none from after a bad step
+
+
+def test_a_compiled_encoder_is_not_compiled_again(
+    tiny_experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, frames = CompileCounter(), []
+    compiled, validated = nn.Module.compile, encoder.Trainer.validate
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **named: compiled(m, backend=counter, **named))
+
+    def validate(trainer: encoder.Trainer) -> None:
+        validated(trainer)
+        frames.append(counter.frame_count)
+
+    monkeypatch.setattr(encoder.Trainer, "validate", validate)
+    settings = {"epochs": 2, "patience": 0, "probe_images": 16, "compile": True}
+    loader = {"global_batch": 8, "size": 32, "steps_per_epoch": 2, "threads": 1}
+    encoder.run(tiny_experiment(tmp_path / "run", train=settings, loader=loader), World())
+    assert frames[0] == frames[1] > 0
 
 
 def test_a_finished_run_knows_it_and_does_not_train_again(

@@ -114,6 +114,62 @@ def test_a_truncated_newest_checkpoint_is_passed_over(
     assert_equal_runs(tmp_path / "run", trained)
 
 
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(
+    tiny_experiment: Any, trained: Path, tmp_path: Path
+) -> None:
+    """One that knew one validation figure and neither averages nor counts of skipped steps."""
+    experiment = tiny_experiment(tmp_path / "run")
+    train_until(7, experiment)
+    newest = tmp_path / "run/checkpoints/step-00000006.pt"
+    state = torch.load(newest, weights_only=True)
+    for part in ("scaler", "ema", "guard", "meter"):
+        del state[part]
+    recorded, made_by = state["progress"], json.loads(state["fingerprint"])
+    recorded["best_auc"] = recorded.pop("best")
+    del recorded["best_figures"], made_by["train"]["optimizer"], made_by["train"]["monitor"]
+    torch.save({**state, "fingerprint": json.dumps(made_by)}, newest)
+    train(experiment)
+    mine, theirs = (load_file(run / "encoder.safetensors") for run in (tmp_path / "run", trained))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert lines(tmp_path / "run") == lines(trained)
+
+
+def test_figures_not_yet_logged_are_not_lost(tiny_experiment: Any, tmp_path: Path) -> None:
+    """A line is the mean over its steps, of which a checkpoint may have seen but some."""
+    tracking = {"mode": "disabled", "log_every": 4}
+    for name in ("whole", "cut"):
+        experiment = tiny_experiment(
+            tmp_path / name,
+            tracking=tracking,
+            train={"epochs": 1, "checkpoint_every": 3, "probe_images": 0, "ema": 0.9},
+        )
+        if name == "cut":
+            train_until(3, experiment)
+        train(experiment)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert [row["step"] for row in lines(tmp_path / "cut")] == [4, 4]
+
+
+def test_a_changed_configuration_is_gone_on_with_if_it_is_allowed_by_name(
+    tiny_experiment: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train_until(3, tiny_experiment(folder))
+    changed = {"epochs": 1, "lr": 1e-4, "weight_decay": 0.3, "probe_images": 0, "patience": 0}
+    allowed = {"allow_changed": ("train.lr", "train.epochs")}
+    with pytest.raises(
+        UserError, match=r"  train\.weight_decay: 0\.05 → 0\.3\nchoose .*changed=\[train\.weight_decay\]"
+    ) as refused:
+        train(tiny_experiment(folder, train=changed | allowed))
+    assert "train.lr" not in str(refused.value)
+    train(tiny_experiment(folder, train=changed | {"allow_changed": ("train",)}))
+    logged = lines(folder)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 4]
+    assert logged[3]["lr"] == 1e-4  # the last step of the warm-up
+    last = torch.load(folder / "checkpoints/step-00000004.pt", weights_only=True)
+    assert [group["weight_decay"] for group in last["optimizer"]["param_groups"]] == [0.3, 0]
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_by_the_same_command(
     tiny_experiment: Any, trained: Path, tmp_path: Path
