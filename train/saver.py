@@ -23,6 +23,7 @@ class Saver:
         self._save = partial(checkpoint.save, folder, fingerprint, keep=keep)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._copy: Any = None  # reused: fresh memory costs the host more than the copying
 
     def save(self, progress: Progress, state: dict[str, Any], good: torch.Tensor) -> None:
         """Begin to write a state; waits only where the one before is still being written.
@@ -33,11 +34,11 @@ class Saver:
                 written, so that a run that diverges does not push out the checkpoints from before.
         """
         self.settle()
-        copied, good = _copied(state), _copied(good)
+        self._copy = copied = _copied({"state": state, "good": good}, self._copy)
         event = None
         if torch.cuda.is_available():  # the device makes the copies when it comes to them
             event = torch.cuda.current_stream().record_event()  # type: ignore[no-untyped-call]
-        self._writing = self._thread.submit(self._write, deepcopy(progress), copied, good, event)
+        self._writing = self._thread.submit(self._write, deepcopy(progress), copied, event)
 
     def settle(self, *, must: bool = False) -> None:
         """Wait for what is being written. If there was no room for it, a warning says so.
@@ -65,25 +66,27 @@ class Saver:
         self.settle()
         self._thread.shutdown()
 
-    def _write(
-        self, progress: Progress, state: dict[str, Any], good: torch.Tensor, event: torch.cuda.Event | None
-    ) -> None:
+    def _write(self, progress: Progress, copied: dict[str, Any], event: torch.cuda.Event | None) -> None:
         if event:
             event.synchronize()
-        if good:
-            self._save(progress, state)
+        if copied["good"]:
+            self._save(progress, copied["state"])
 
 
-def _copied(value: Any) -> Any:
-    """The same nesting with tensors copied to the host; those on a GPU are on their way when this returns."""
+def _copied(value: Any, last: Any) -> Any:
+    """The same nesting with tensors copied to the host; those on a GPU are on their way when this returns.
+
+    Args:
+        last: what the call before returned, whose memory is taken where it fits.
+    """
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        last = last if isinstance(last, dict) else {}
+        return {key: _copied(item, last.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
+        last = last if isinstance(last, list | tuple) and len(last) == len(value) else [None] * len(value)
+        return type(value)(_copied(item, old) for item, old in zip(value, last, strict=True))
     if not isinstance(value, torch.Tensor):
         return value
-    value = value.detach()
-    if value.device.type == "cpu":
-        return value.clone()
-    # torch keeps pinned memory that is let go for the next checkpoint.
-    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+    if not (isinstance(last, torch.Tensor) and last.shape == value.shape and last.dtype == value.dtype):
+        last = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+    return last.copy_(value.detach(), non_blocking=True)
