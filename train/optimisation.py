@@ -59,10 +59,16 @@ class Optimisation:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "optimizer_kind": self._settings.optimizer,
+            "scaler": self._scaler.state_dict(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """From a checkpoint; rates, decay and the like stay those of the configuration.
+
+        Another optimiser's moments mean nothing to this one, which then begins without.
 
         Raises:
             ValueError: if it is of other parameters.
@@ -71,7 +77,8 @@ class Optimisation:
         mine = self._optimizer.state_dict()["param_groups"]
         if [len(group["params"]) for group in mine] != [len(g["params"]) for g in moments["param_groups"]]:
             raise ValueError("the optimiser's groups have other parameters")
-        self._optimizer.load_state_dict({"state": moments["state"], "param_groups": mine})
+        if state.get("optimizer_kind", "adamw") == self._settings.optimizer:
+            self._optimizer.load_state_dict({"state": moments["state"], "param_groups": mine})
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
 

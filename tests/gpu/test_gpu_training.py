@@ -26,7 +26,7 @@ def experiment(shards: ShardSet, run: Path, **train: object) -> Experiment:
             "pack": {"output": shards.folder},
             "loader": {"global_batch": 32, "size": 32, "steps_per_epoch": STEPS},
             "model": {"backbone": "resnet18", "embedding_dim": 64},
-            "train": {"epochs": 1, **train},
+            "train": {"epochs": 1, "patience": 0, **train},
             "tracking": {"mode": "disabled", "log_every": 1, "images": 0},
             "run": {"folder": run},
         }
@@ -80,6 +80,62 @@ def test_a_compiled_step_in_bfloat16_is_finite_and_learns(
     after = dict(trainer.encoder.named_parameters())
     assert all(value.isfinite().all() for value in after.values())
     assert all(not torch.equal(before[name], value) for name, value in after.items())
+
+
+def test_a_step_never_waits_for_the_device(tiny_shards: ShardSet, tmp_path: Path, gpu: torch.device) -> None:
+    """Forward, backward, judgement, average, figures: torch raises where the host would wait."""
+    trainer = Trainer(experiment(tiny_shards, tmp_path, ema=0.9, probe_images=0), World(device=gpu))
+    trainer.learner.train()
+    batches = trainer.data.training.epoch()
+    trainer.train_step(next(batches))
+    batch = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome, norm = trainer.train_step(batch)
+        trainer.centroids.add(outcome.embeddings, outcome.labels, trainer.good)
+        trainer.meter.add(32, {**outcome.figures, "grad_norm": norm}, trainer.good)
+        trainer.save()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.meter.read()["loss"] > 0 and trainer.guard.check() == 0
+    trainer.close()
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_bad_step_is_skipped_on_the_device(
+    precision: str, tiny_shards: ShardSet, tmp_path: Path, gpu: torch.device
+) -> None:
+    trainer = Trainer(
+        experiment(tiny_shards, tmp_path, precision=precision, probe_images=0, ema=0.9), World(device=gpu)
+    )
+    trainer.learner.train()
+    batch = next(trainer.data.training.epoch())
+    for _ in range(17):  # float16's scale begins high, and comes down by steps that are skipped
+        trainer.train_step(batch)
+    assert trainer.good
+    before = {name: value.clone() for name, value in trainer.bare.state_dict().items()}
+    batch.images[5] = math.nan
+    trainer.train_step(batch)
+    assert not trainer.good
+    for name, value in trainer.bare.state_dict().items():
+        assert torch.equal(value, before[name]) or name.endswith("num_batches_tracked"), name
+    trainer.close()
+
+
+def test_a_checkpoint_from_a_gpu_holds_the_step_it_was_asked_for(
+    tiny_shards: ShardSet, tmp_path: Path, gpu: torch.device
+) -> None:
+    trainer = Trainer(experiment(tiny_shards, tmp_path, probe_images=0), World(device=gpu))
+    trainer.learner.train()
+    batches = trainer.data.training.epoch()
+    trainer.train_step(next(batches))
+    expected = {name: value.cpu().clone() for name, value in trainer.bare.state_dict().items()}
+    trainer.save()
+    trainer.train_step(next(batches))  # changes the weights while they are on their way to the host
+    trainer.saver.settle(must=True)
+    saved = torch.load(tmp_path / "checkpoints/step-00000000.pt", weights_only=True)["learner"]
+    torch.testing.assert_close(saved, expected, rtol=0, atol=0)
+    trainer.close()
 
 
 def test_one_gpu_trains_to_the_end(alone: list[float]) -> None:

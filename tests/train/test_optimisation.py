@@ -131,10 +131,21 @@ def test_float16_scales_its_loss_and_backs_off_when_it_overflows() -> None:
 
 
 def test_a_loaded_state_keeps_the_rates_and_decay_of_the_configuration() -> None:
-    old, new = optimisation(small(), weight_decay=0.3), optimisation(small(), weight_decay=0.7)
-    old.backward(next(losses())(small()))
-    new.load(old.state())
+    module = small()
+    old, new, other = (optimisation(module, optimizer=name) for name in ("adamw", "adamw", "sgd"))
+    old.backward(next(losses())(module))
+    old.clip()
+    old.step(0.1, TRUE)
+    state = old.state()
+    state["optimizer"]["param_groups"][1] |= {"lr_scale": 7, "weight_decay": 7}
+    new.load(state)
     assert new._optimizer.param_groups[1]["lr_scale"] == 0.1
+    assert new._optimizer.param_groups[1]["weight_decay"] == 0.01
+    torch.testing.assert_close(new.state()["optimizer"]["state"], state["optimizer"]["state"])
+    other.load(state)  # an optimiser that was changed, and allowed to be
+    assert "exp_avg" not in other.state()["optimizer"]["state"][0]
+    other.clip()
+    other.step(0.1, TRUE)
     with pytest.raises(ValueError, match="other parameters"):
         new.load({"optimizer": torch.optim.AdamW(small().parameters()).state_dict()})
 
