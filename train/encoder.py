@@ -115,8 +115,9 @@ class Trainer:
                 self.bare.load_state_dict(state["learner"])
                 self.optimisation.load(state)
             except (RuntimeError, ValueError) as error:
+                reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
                 raise UserError(
-                    f"{self.folder}: its checkpoints are of another encoder or version ({error}); "
+                    f"{self.folder}: its checkpoints are of another encoder or an older version ({reason}); "
                     "choose another run.folder"
                 ) from None
             self.centroids.load(state["centroids"])

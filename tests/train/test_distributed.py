@@ -39,6 +39,7 @@ from train.distributed import (
 from train.embed import embed, evaluation_loader
 from train.learner import Learner
 from train.model import Encoder, build
+from train.signals import Stop
 from train.validation import Embedded, figures
 
 WORLDS = (2, 4)
@@ -103,7 +104,18 @@ def collectives(rank: int, size: int) -> dict[str, Any]:
         "told": told(lambda: check_equal(min(rank, 1), "step")),
         "buffers": (module.running_mean, module.num_batches_tracked),
         "validation": validated(World(rank, size)),
+        "stop": stopping(World(rank, size)),
     }
+
+
+def stopping(here: World) -> list[bool]:
+    """What a rank is answered after each step if the last rank is told to stop in the third, as on GPUs."""
+    stop, answers = Stop(here), []
+    stop._lag = 3
+    for step in range(8):
+        stop._told |= step == 2 and here.rank == here.size - 1
+        answers.append(stop.agreed())
+    return [*answers, stop.agreed(now=True), not stop._flags]
 
 
 def validated(here: World) -> dict[str, float]:
@@ -155,7 +167,7 @@ def work(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=240),  # the ranks of 4 wait for those of 2
+            timeout=timedelta(seconds=600),  # the ranks of 4 wait for those of 2
         )
         here = World(rank, world_size, rank, world_size)
         found = {name: gradients(settings, rank, world_size) for name, settings in OBJECTIVES.items()}
@@ -189,7 +201,7 @@ def ranks(tiny_experiment: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=700)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * 4
     yield folder
@@ -224,6 +236,7 @@ def test_collectives(size: int, ranks: Path) -> None:
         assert f"ranks {list(range(1, size))} have another step than rank 0" in found["told"]
         mean, count = found["buffers"]
         assert mean.tolist() == [0, 0] and count == 7
+        assert found["stop"] == [False] * 5 + [True] * 5
         assert found["validation"] == pytest.approx(validated(World()), abs=1e-7)
 
 
