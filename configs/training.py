@@ -4,36 +4,87 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.fields import Count, CountOrAuto, NonNegative, Positive, Section, Seed
+from configs.fields import Count, CountOrAuto, NonNegative, Part, Positive, Section, Seed
+
+Mining = Literal["random", "all", "semi_hard", "batch_hard", "patient_hard"]
 
 
 class Model(Section):
-    """The encoder."""
+    """The encoder: a backbone whose classifier gives way to a projection onto the unit sphere."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """torchvision classification backbone."""
+    backbone: str = "resnet50"
+    """A classification backbone of torchvision by its name (`resnet50`, `convnext_tiny`, `efficientnet_b0`,
+    `vit_b_16`, `swin_t` …), or `timm/NAME` of timm (an extra: pip install 'moleprint[timm]')."""
     weights: str = "none"
-    """`none` (random), `imagenet` (downloaded by torchvision), or a local state dict (.pth, .safetensors)."""
+    """What the backbone starts from: `none` (random), `imagenet` (the best that its library has, downloaded),
+    a name of torchvision's such as `IMAGENET1K_V2`, or a local state dict (.pth, .safetensors)."""
     embedding_dim: Count = 512
     """Length of the L2-normalised embedding."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """From the backbone's features to the embedding: one layer; or two of the features' width, with batch
+    normalisation and ReLU between them (Chen 2020, MoCo v2, with SimCLR's normalisation)."""
+    bnneck: bool = False
+    """Batch normalisation between embedding and classification (Luo 2019): `triplet`, `contrastive` and
+    `supcon` act before it, `classification` and `arcface` behind it, and so does all that comes after
+    training."""
+    freeze: CountOrAuto = 0
+    """Stages of the backbone, counted from its input, that stay as they are, batch statistics too. A ResNet
+    has 5, its stem being the first, a ViT its blocks and a stem; with all of them the projection alone
+    learns."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of a stage of the backbone as a share of the next one's, the projection having `train.lr`
+    (Clark 2020, ELECTRA; 0.65 to 0.9 are usual for fine-tuning); 1 is the same for all."""
 
 
 class Loss(Section):
-    """What the encoder minimises: `triplet × triplet loss + classification × cross-entropy`."""
+    """What the encoder minimises: a sum of losses, each times its weight, zero leaving it out."""
 
     triplet: NonNegative = 1.0
     """Weight of the triplet loss."""
-    mining: Literal["random", "semi_hard", "batch_hard"] = "semi_hard"
-    """Negatives (and positives) of each anchor, sought in the global batch over all ranks."""
+    mining: Mining = "semi_hard"
+    """The triplets of each anchor, sought in the global batch over all ranks: one at `random`; `all`, those
+    without a loss not counted; for every positive the nearest negative beyond it (`semi_hard`, FaceNet); the
+    farthest positive with the nearest negative (`batch_hard`); or with the nearest one of the anchor's own
+    patient, where there is one (`patient_hard`)."""
+    schedule: dict[Mining, Part] = Field(default_factory=dict)
+    """Minings that take over from `mining` after a share of `train.epochs`, from easy to hard, such as
+    {semi_hard: 0.1, batch_hard: 0.5}; none: `mining` all along."""
     margin: Positive = 0.2
-    """Margin of the triplet loss, in Euclidean distance of unit vectors (0..2)."""
+    """Margin of the triplet loss, in `distance` (0..2)."""
+    soft_margin: bool = False
+    """Softplus in place of the triplet loss's hinge and margin (Hermans 2017)."""
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    """Of unit vectors, for `triplet` and `contrastive`; `cosine` is 1 − cos."""
+    contrastive: NonNegative = 0.0
+    """Weight of the contrastive loss (Hadsell 2006) over all pairs."""
+    contrastive_margin: Positive = 0.5
+    """Distance beyond which the contrastive loss leaves negatives alone."""
+    supcon: NonNegative = 0.0
+    """Weight of the supervised contrastive loss (Khosla 2020)."""
+    temperature: Positive = 0.1
+    """Temperature of the supervised contrastive loss."""
+    arcface: NonNegative = 0.0
+    """Weight of the class-balanced additive angular margin loss (Deng 2019)."""
+    arcface_margin: Annotated[float, Field(ge=0, lt=3.14)] = 0.5
+    """Angle between an embedding and its class that ArcFace adds, radians."""
+    arcface_scale: Positive = 30.0
+    """Length of the vectors whose logits ArcFace takes."""
     classification: NonNegative = 1.0
     """Weight of the class-balanced cross-entropy of a linear head, dropped after training."""
 
     @model_validator(mode="after")
     def _something_to_minimise(self) -> "Loss":
-        if not self.triplet and not self.classification:
-            raise ValueError("one of triplet and classification must be above 0")
+        weights = ("triplet", "contrastive", "supcon", "arcface", "classification")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"one of {', '.join(weights[:-1])} and {weights[-1]} must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_mining_at_a_time(self) -> "Loss":
+        if len(set(self.schedule.values())) < len(self.schedule):
+            raise ValueError(f"schedule={self.schedule} lets two minings begin together; give each its share")
+        if self.schedule and not self.triplet:
+            raise ValueError(f"schedule={self.schedule} is for the triplet loss, whose weight is 0")
         return self
 
 
@@ -81,6 +132,10 @@ class Train(Section):
     """Whether a GPU may multiply float32 in TensorFloat-32; losses and validation do not."""
     compile: bool = False
     """Compile the encoder with torch.compile."""
+    micro_batch: CountOrAuto = 0
+    """Images that a rank's encoder sees at once; 0 is all of its share. Fewer of them need less memory and a
+    second forward pass (GradCache, Gao 2021), while losses and mining still see the global batch; batch
+    statistics are then those of a micro-batch."""
     sync_batchnorm: bool = True
     """Batch statistics over all ranks; on GPUs only."""
     processes: CountOrAuto = 0

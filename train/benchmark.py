@@ -49,7 +49,7 @@ def bench(
         trainer = Trainer(_aside(experiment, Path(folder)), here)
         with closing(trainer), trainer.tracker:
             trainer.learner.train()
-            batches = _endless(trainer.loader)
+            batches = _endless(trainer.data.training)
             contestants = {
                 REFERENCE: _Turns(trainer, repeat(next(batches)), warm_up, seconds),
                 OURS: _Turns(trainer, batches, warm_up, seconds),
@@ -107,7 +107,7 @@ class _Turns:
             batch = next(self._batches)
             waited += perf_counter() - asked
             outcome, _ = trainer.train_step(batch)
-            trainer.centroids.add(outcome.embeddings, outcome.labels)
+            trainer.centroids.add(outcome.embeddings, outcome.labels, trainer.good)
             trainer.progress.step += 1
             steps += 1
         if batch.images.is_cuda:

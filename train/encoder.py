@@ -27,15 +27,18 @@ from pipeline.loader import Batch, Loader, training_sampler
 from shards.shardset import ShardSet
 from train import checkpoint, model, result, runfolder, validation
 from train.centroids import Centroids
+from train.collapse import collapse, embedding_figures, spread
 from train.data import Data
 from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, total
 from train.ema import Average
 from train.embed import embed
 from train.entry import start
 from train.guard import REMEDY, Guard
-from train.learner import Learner, Outcome, spread
+from train.learner import Learner, Outcome
 from train.meter import Meter
+from train.mining import mining_at
 from train.optimisation import Optimisation
+from train.parameters import parameter_groups
 from train.precision import allow_tf32
 from train.progress import Progress
 from train.saver import Saver
@@ -80,13 +83,16 @@ class Trainer:
             experiment, "encoder", rank=world.rank, after=self.progress.step, run_id=self.progress.run_id
         )
         self.progress.run_id = self.tracker.run_id
+        self.warned: set[str] = set()
 
     def _build(self) -> None:
         """Encoder, objective, optimiser, and what watches over them."""
         settings, device = self.settings, self.world.device
         if not self.world.main:
             barrier()  # rank 0 downloads weights first, the others find them cached
-        self.encoder = model.build(self.experiment.model, seed=settings.seed)
+        self.encoder = model.build(
+            self.experiment.model, size=self.experiment.loader.size, seed=settings.seed
+        )
         if self.world.main:
             barrier()
         learner = Learner(
@@ -95,13 +101,19 @@ class Trainer:
             embedding_dim=self.experiment.model.embedding_dim,
             class_weights=self._class_weights(),
             seed=settings.seed,
+            micro_batch=settings.micro_batch,
         )
         if device.type == "cuda" and self.world.size > 1 and settings.sync_batchnorm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(learner)  # type: ignore[no-untyped-call]
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder.backbone)  # type: ignore[no-untyped-call]
         model.place(learner, device)
         self.bare = learner
         self.precision = model.autocast_dtype(settings.precision, device)
-        groups = _decay_groups(learner, settings.weight_decay)
+        groups = parameter_groups(
+            learner,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            layer_decay=self.experiment.model.layer_decay,
+        )
         self.optimisation = Optimisation(groups, settings, device=device, precision=self.precision)
         self.centroids = Centroids(len(self.shards.classes), self.experiment.model.embedding_dim, device)
         self.meter = Meter()
@@ -149,11 +161,13 @@ class Trainer:
             allow_tf32(self.settings.tf32)
             torch.backends.cudnn.benchmark = True  # every batch has the same shape
         if self.settings.compile:
-            self.encoder.compile(dynamic=False)
+            self.encoder.backbone.compile(dynamic=False)
         self.learner: nn.Module = self.bare
         if self.world.size > 1:
             ids = [self.world.local_rank] if self.world.device.type == "cuda" else None
-            self.learner = DistributedDataParallel(self.bare, device_ids=ids, gradient_as_bucket_view=True)
+            self.learner = DistributedDataParallel(
+                self.bare, device_ids=ids, gradient_as_bucket_view=True, static_graph=True
+            )
 
     def train(self, stop: Stop) -> None:
         """Epoch by epoch to the end; saved, and ended by StoppedError, where a signal says so."""
@@ -202,7 +216,7 @@ class Trainer:
                 bar.update(images)
                 ended = self.progress.step % self.steps == 0
                 if ended or self._due(self.experiment.tracking.log_every):
-                    bar.set_postfix_str(self._log(), refresh=False)
+                    bar.set_postfix_str(self._log(outcome), refresh=False)
                 if stop.agreed() and not ended:
                     self.leave()
                 if self._due(self.settings.checkpoint_every) and not ended:
@@ -216,8 +230,10 @@ class Trainer:
         outcome: Outcome = self.learner(
             batch.images.contiguous(memory_format=torch.channels_last),
             batch.labels,
+            batch.groups,
             torch.from_numpy(uniform).to(self.world.device, non_blocking=True),
             self.precision,
+            mining_at(self.experiment.loss, self.progress.step / (self.settings.epochs * self.steps)),
         )
         self.optimisation.backward(outcome.loss)
         norm = self.optimisation.clip()
@@ -313,7 +329,7 @@ class Trainer:
             disable=not self.world.main,
         )
 
-    def _log(self) -> str:
+    def _log(self, outcome: Outcome) -> str:
         """Log the steps since the last line; here alone the host waits for the device."""
         self.saver.look()
         figures = self.meter.read()
@@ -323,6 +339,10 @@ class Trainer:
             "skipped_steps": self.guard.check(),
             "replaced_samples": total(len(self.data.training.source.substitutes), self.world.device),
         }
+        if self.world.main:
+            distance = self.experiment.loss.distance
+            figures |= embedding_figures(outcome.embeddings, outcome.labels, distance)
+            self._warn(collapse(figures, self.experiment.loss))
         self.tracker.log(self.progress.step, figures)
         return f"loss {figures.get('loss', math.nan):.3f}, waiting {figures['data_wait']:.0%}"
 
@@ -332,14 +352,13 @@ class Trainer:
             raise UserError(f"the encoder diverged in the epoch before step {self.progress.step}: {REMEDY}")
         return Embedded(vectors, self.shards.labels[index])
 
-
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and scales do not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    def _warn(self, of: str | None) -> None:
+        """Say what has gone wrong with the embeddings, once by each name."""
+        name, _, text = (of or "").partition(": ")
+        if name and name not in self.warned:
+            self.warned.add(name)
+            tqdm.write(f"warning: step {self.progress.step}: {of}", sys.stderr)
+            self.tracker.alert(name, text)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,33 @@
-"""The encoder with its objective in one forward pass, so that DDP sees every parameter and one loss."""
+"""The encoder with its objective in one forward pass, so that DDP sees every parameter and one loss.
 
-from dataclasses import dataclass
+this rank's images ──► encoder ──► gathered from all ranks ──► distances, mining, losses of the global batch
+   in micro-batches, if they would not fit at once
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configs.errors import UserError
 from configs.training import Loss as Settings
+from train.collapse import spread
+from train.distances import Pairs, distances
 from train.distributed import gather, gather_with_gradient
-from train.losses import triplet
+from train.gradcache import in_micro_batches
+from train.losses import arcface, contrastive, supcon, triplet
 from train.model import Encoder
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A step of the global batch B; the same on every rank."""
+class Outcome(NamedTuple):
+    """A step of the global batch B; the same on every rank.
+
+    A tuple, since DDP must find the loss in it: in anything that it cannot take apart, such as a dataclass, a
+    static graph's first step would go by without its reduction, and without a word.
+    """
 
     loss: torch.Tensor
     embeddings: torch.Tensor
@@ -26,7 +39,11 @@ class Outcome:
 
 
 class Learner(nn.Module):
-    """`triplet × triplet loss + classification × class-balanced cross-entropy`, over all ranks' samples."""
+    """The weighted sum of losses that the configuration asks for, over all ranks' samples.
+
+    Every rank computes the same loss of the same embeddings, so heads have the same gradient everywhere and
+    DDP's mean leaves it as it is.
+    """
 
     def __init__(
         self,
@@ -36,60 +53,123 @@ class Learner(nn.Module):
         embedding_dim: int,
         class_weights: torch.Tensor,
         seed: int,
+        micro_batch: int = 0,
     ) -> None:
         """
         Args:
-            class_weights: (classes,) weights of the cross-entropy.
+            class_weights: (classes,) weights of the cross-entropies.
+            micro_batch: images that the encoder sees at once; 0 is all of the rank's.
         """
         super().__init__()
-        self.encoder, self._settings = encoder, settings
+        self.encoder, self._settings, self._micro_batch = encoder, settings, micro_batch
         self.class_weights: torch.Tensor
         self.register_buffer("class_weights", class_weights, persistent=False)
-        if settings.classification:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if settings.classification:
                 self.head = nn.Linear(embedding_dim, len(class_weights))
-            # Unit vectors give small logits; a learned scale lets the softmax saturate (Wang 2017, NormFace).
-            self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+                # Unit vectors give small logits; a learned scale lets it saturate: NormFace, Wang 2017.
+                self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+            if settings.arcface:
+                self.centres = nn.Linear(embedding_dim, len(class_weights), bias=False)
 
     def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, uniform: torch.Tensor, precision: torch.dtype
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        groups: torch.Tensor,
+        uniform: torch.Tensor,
+        precision: torch.dtype,
+        mining: str,
     ) -> Outcome:
         """
         Args:
             images: this rank's (batch, 3, H, W).
             labels: this rank's (batch,).
+            groups: this rank's (batch,) patients (or lesions).
             uniform: (B, 2) draws in [0, 1) for random mining, the same on every rank.
             precision: of the encoder's autocast.
+            mining: of the triplet loss at this step, `train.mining.mining_at`.
+
+        Raises:
+            UserError: if the micro-batches do not share this rank's images.
         """
-        with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
-            embeddings = self.encoder(images)
-        embeddings, labels = gather_with_gradient(embeddings), gather(labels)
+        features = self._features(images, precision)
+        features, labels, groups = gather_with_gradient(features), gather(labels), gather(groups)
+        with _full_float32():
+            metric, embeddings = self.encoder.embed(features)
+            losses, figures = self._losses(metric, embeddings, labels, groups, uniform, mining)
         total = embeddings.new_zeros(())
-        figures = {"spread": spread(embeddings.detach())}
-        if self._settings.triplet:
-            mined = triplet(
-                embeddings,
-                labels,
-                mining=self._settings.mining,
-                margin=self._settings.margin,
-                uniform_b2=uniform,
+        for name, loss in losses.items():
+            total = total + getattr(self._settings, name) * loss
+        figures |= {name: loss.detach() for name, loss in losses.items()}
+        figures |= {"spread": spread(embeddings.detach()), "loss": total.detach()}
+        return Outcome(total, embeddings.detach(), labels, figures)
+
+    def _features(self, images: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+        """(batch, dim) of this rank's images, in micro-batches where asked."""
+
+        def run(images: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
+                return self.encoder.features(images)
+
+        count = self._micro_batch or len(images)
+        if count >= len(images):
+            return run(images)
+        if len(images) % count:
+            raise UserError(
+                f"train.micro_batch={count} does not divide the {len(images)} images of a rank "
+                "(loader.global_batch / ranks); choose one that does, or 0"
             )
-            total = total + self._settings.triplet * mined.loss
-            figures |= {
-                "triplet": mined.loss.detach(),
+        return in_micro_batches(run, self.encoder.backbone, images, count)
+
+    def _losses(
+        self,
+        metric: torch.Tensor,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        groups: torch.Tensor,
+        uniform: torch.Tensor,
+        mining: str,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Losses by the name of their weight, and figures of the triplets."""
+        settings, losses, figures = self._settings, {}, {}
+        pairs = Pairs.of(labels, groups)
+        d_bb = distances(metric, settings.distance) if settings.triplet or settings.contrastive else None
+        if d_bb is not None and settings.triplet:
+            margin = None if settings.soft_margin else settings.margin
+            mined = triplet(d_bb, pairs, mining=mining, margin=margin, uniform_b2=uniform)
+            losses["triplet"] = mined.loss
+            figures = {
                 "active_triplets": mined.active,
                 "distance_positive": mined.positive,
                 "distance_negative": mined.negative,
             }
-        if self._settings.classification:
+        if d_bb is not None and settings.contrastive:
+            losses["contrastive"] = contrastive(d_bb, pairs, margin=settings.contrastive_margin)
+        if settings.supcon:
+            losses["supcon"] = supcon(metric, pairs, temperature=settings.temperature)
+        if settings.arcface:
+            losses["arcface"] = arcface(
+                embeddings,
+                labels,
+                self.centres.weight,
+                margin=settings.arcface_margin,
+                scale=settings.arcface_scale,
+                class_weights_c=self.class_weights,
+            )
+        if settings.classification:
             logits = self.head(self.log_scale.exp() * embeddings)
-            cross_entropy = F.cross_entropy(logits, labels, self.class_weights)
-            total = total + self._settings.classification * cross_entropy
-            figures["classification"] = cross_entropy.detach()
-        return Outcome(total, embeddings.detach(), labels, figures | {"loss": total.detach()})
+            losses["classification"] = F.cross_entropy(logits, labels, self.class_weights)
+        return losses, figures
 
 
-def spread(embeddings: torch.Tensor) -> torch.Tensor:
-    """Root mean square distance of unit vectors (n, dim) to their mean: 0 is collapse, 1 all directions."""
-    return (1 - embeddings.mean(0).square().sum()).clamp(min=0).sqrt()
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Matrix products in whole float32: TensorFloat-32 would put 0.03 on the distance of near embeddings."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

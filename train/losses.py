@@ -1,112 +1,164 @@
-"""Triplet losses on the whole global batch: B×B distances, no dynamic shapes, no host synchronisation.
+"""Losses on the whole global batch: B×B matrices, no dynamic shapes, no host synchronisation, compilable.
 
-Shapes: B global batch, D embedding, C classes. Anchors are rows, candidates columns.
+Shapes: B global batch, D embedding, C classes. Anchors are rows, candidates columns. All work in float32.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-FAR = 1e4  # a distance no pair of unit vectors has
+from train.distances import FAR, Pairs, cosines, diagonal, mean_where
+from train.mining import mine
+
+CHUNK = 1 << 24  # triplets looked at together where all must be: 64 MiB of them
 
 
-@dataclass(frozen=True)
-class Mined:
+class Mined(NamedTuple):
     """A triplet loss and what is worth watching about it, all scalars on the device."""
 
     loss: torch.Tensor
     active: torch.Tensor
-    """Share of triplets with a positive loss."""
+    """Share of triplets with a positive loss; with a soft margin, of those whose negative is the nearer."""
     positive: torch.Tensor
     """Mean anchor-positive distance of the triplets."""
     negative: torch.Tensor
     """Mean anchor-negative distance of the triplets."""
 
 
-def distances(embeddings_bd: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances (B, B) of unit vectors, in float32; finite gradients where two are equal."""
-    embeddings_bd = embeddings_bd.float()
-    squared = 2 - 2 * (embeddings_bd @ embeddings_bd.T)
-    return squared.clamp(min=1e-7).sqrt()
-
-
 def triplet(
-    embeddings_bd: torch.Tensor,
-    labels_b: torch.Tensor,
-    *,
-    mining: str,
-    margin: float,
-    uniform_b2: torch.Tensor,
+    d_bb: torch.Tensor, pairs: Pairs, *, mining: str, margin: float | None, uniform_b2: torch.Tensor
 ) -> Mined:
     """max(0, d(anchor, positive) − d(anchor, negative) + margin), averaged over the mined triplets.
 
+    Schroff 2015, arXiv 1503.03832; with a soft margin log(1 + exp(d⁺ − d⁻)), Hermans 2017, arXiv 1703.07737.
+
     Args:
-        embeddings_bd: unit vectors (B, D).
-        labels_b: class indices (B,).
-        mining: `random`, `semi_hard` or `batch_hard`.
+        mining: `all` or one of `train.mining.MININGS`; over `all`, the average is of those with a loss.
+        margin: None is the soft margin.
         uniform_b2: (B, 2) in [0, 1), which positive and which negative `random` takes.
 
-    Without a positive or a negative in the batch an anchor has no triplet; without any triplet the loss is 0.
+    Without any triplet the loss is 0.
     """
-    d_bb = distances(embeddings_bd)
-    same = labels_b[:, None] == labels_b[None, :]
-    positives = same & ~torch.eye(len(labels_b), dtype=torch.bool, device=same.device)
-    miners: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {
-        "random": lambda: _random(d_bb, positives, ~same, uniform_b2),
-        "semi_hard": lambda: _semi_hard(d_bb, positives, ~same),
-        "batch_hard": lambda: _batch_hard(d_bb, positives, ~same),
-    }
-    d_positive, d_negative, valid = miners[mining]()
-    loss = F.relu(d_positive - d_negative + margin)
+    if mining == "all":
+        return _all(d_bb, pairs, margin)
+    mined = mine(mining, d_bb, pairs, uniform_b2)
+    gap = mined.positive - mined.negative
+    loss = F.softplus(gap) if margin is None else F.relu(gap + margin)
     return Mined(
-        loss=_mean(loss, valid),
-        active=_mean((loss > 0).float(), valid),
-        positive=_mean(d_positive, valid).detach(),
-        negative=_mean(d_negative, valid).detach(),
+        loss=mean_where(loss, mined.valid),
+        active=mean_where((gap + (margin or 0) > 0).float(), mined.valid),
+        positive=mean_where(mined.positive, mined.valid).detach(),
+        negative=mean_where(mined.negative, mined.valid).detach(),
     )
 
 
-def _random(
-    d_bb: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, uniform_b2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One triplet an anchor, drawn uniformly: (B,) each."""
+def _all(d_bb: torch.Tensor, pairs: Pairs, margin: float | None) -> Mined:
+    """Every triplet; the mean is of those with a loss: Hermans 2017's "batch all", BA≠0.
 
-    def pick(mask: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        nth = (uniform * mask.sum(1)).floor()
-        column = (mask.cumsum(1) > nth[:, None]).int().argmax(1)
-        return d_bb.gather(1, column[:, None]).squeeze(1)
-
-    valid = positives.any(1) & negatives.any(1)
-    return pick(positives, uniform_b2[:, 0]), pick(negatives, uniform_b2[:, 1]), valid
-
-
-def _semi_hard(
-    d_bb: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every anchor-positive pair with the nearest negative beyond the positive, else the farthest.
-
-    Schroff 2015 (FaceNet), arXiv 1503.03832, section 3.2. (B, B) each.
+    A soft margin gives each a loss. A hinge needs no list of them: with an anchor's negatives sorted, those
+    that count for a positive come first, and their sum is a prefix sum's. O(B² log B), where B³ triplets may
+    be.
     """
-    sorted_bb = d_bb.masked_fill(~negatives, FAR).sort(1).values
-    count = negatives.sum(1, keepdim=True)
-    beyond = torch.searchsorted(sorted_bb.detach(), d_bb.detach().contiguous(), right=True)
-    column = torch.minimum(beyond, count - 1).clamp(min=0)
-    return d_bb, sorted_bb.gather(1, column), positives & (count > 0)
+    positives, negatives = pairs.positive.sum(1), pairs.negative.sum(1)
+    count = (positives * negatives).sum().clamp(min=1)
+    sorted_bb = d_bb.masked_fill(~pairs.negative, FAR).sort(1).values
+    reach_bb = d_bb + (margin or 0)
+    # How many negatives of an anchor lie nearer than each positive plus the margin.
+    nearer_bb = torch.searchsorted(sorted_bb.detach(), reach_bb.detach().contiguous())
+    active = nearer_bb.where(pairs.positive, 0).sum()
+    if margin is None:
+        loss = _SoftTriplets.apply(d_bb, pairs.positive, pairs.negative) / count  # type: ignore[no-untyped-call]
+    else:
+        prefix_bb = F.pad(sorted_bb.where(sorted_bb < FAR, 0).cumsum(1), (1, 0))
+        sums_bb = nearer_bb * reach_bb - prefix_bb.gather(1, nearer_bb)
+        loss = sums_bb.where(pairs.positive, 0).sum() / active.clamp(min=1)
+    to_positives, to_negatives = (d_bb.detach().where(mask, 0).sum(1) for mask in pairs[:2])
+    return Mined(
+        loss=loss,
+        active=active / count,
+        positive=(to_positives * negatives).sum() / count,
+        negative=(to_negatives * positives).sum() / count,
+    )
 
 
-def _batch_hard(
-    d_bb: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each anchor with its farthest positive and nearest negative: (B,) each.
+class _SoftTriplets(torch.autograd.Function):
+    """Σ log(1 + exp(d⁺ − d⁻)) over all triplets, some anchors at a time: B³ of them are never held at once.
 
-    Hermans 2017, arXiv 1703.07737, equation 5.
+    The gradient is made on the way, B×B, as autograd would keep all that the sum is made of.
     """
-    farthest = d_bb.masked_fill(~positives, -FAR).amax(1)
-    nearest = d_bb.masked_fill(~negatives, FAR).amin(1)
-    return farthest, nearest, positives.any(1) & negatives.any(1)
+
+    @staticmethod
+    def forward(
+        context: Any, d_bb: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor
+    ) -> torch.Tensor:
+        anchors = max(1, CHUNK // len(d_bb) ** 2)
+        total, slopes = d_bb.new_zeros(()), []
+        for d, p, n in zip(*(torch.split(each, anchors) for each in (d_bb, positive, negative)), strict=True):
+            gap = d[:, :, None] - d[:, None, :]  # (anchors, positive, negative)
+            valid = p[:, :, None] & n[:, None, :]
+            total = total + F.softplus(gap).where(valid, 0).sum()
+            slope = gap.sigmoid().where(valid, 0)
+            slopes.append(slope.sum(2) - slope.sum(1))
+        context.save_for_backward(torch.cat(slopes))
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slope_bb,) = context.saved_tensors
+        return gradients[0] * slope_bb, None, None
 
 
-def _mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    return values.where(valid, 0).sum() / valid.sum().clamp(min=1)
+def contrastive(d_bb: torch.Tensor, pairs: Pairs, *, margin: float) -> torch.Tensor:
+    """½ d² of positive pairs and ½ max(0, margin − d)² of negative ones, the mean of either kind added.
+
+    Hadsell 2006, "Dimensionality reduction by learning an invariant mapping", equation 4; means of each kind,
+    so that the rarer of them counts as much.
+    """
+    attracted = mean_where(d_bb.square(), pairs.positive)
+    repelled = mean_where(F.relu(margin - d_bb).square(), pairs.negative)
+    return 0.5 * (attracted + repelled)
+
+
+def supcon(embeddings_bd: torch.Tensor, pairs: Pairs, *, temperature: float) -> torch.Tensor:
+    """−log softmax of an anchor's cosines at its positives, their mean, averaged over anchors that have any.
+
+    Khosla 2020, arXiv 2004.11362, equation 2 (L_out).
+    """
+    logits_bb = cosines(embeddings_bd) / temperature
+    logits_bb = logits_bb.masked_fill(diagonal(logits_bb), -FAR)
+    log_share_bb = logits_bb - logits_bb.logsumexp(1, keepdim=True)
+    count = pairs.positive.sum(1)
+    of_anchor = -log_share_bb.where(pairs.positive, 0).sum(1) / count.clamp(min=1)
+    return mean_where(of_anchor, count > 0)
+
+
+def arcface(
+    embeddings_bd: torch.Tensor,
+    labels_b: torch.Tensor,
+    centres_cd: torch.Tensor,
+    *,
+    margin: float,
+    scale: float,
+    class_weights_c: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy of scale × cos θ, where θ, the angle to a class's centre, is taken `margin` larger for
+    the embedding's own class. Deng 2019, arXiv 1801.07698, equation 3.
+
+    Where θ + margin would pass π, cos θ − margin × sin margin goes on falling, as in the authors' own code.
+    The gradient is finite at θ = 0 and θ = π.
+
+    Args:
+        centres_cd: of any length.
+        class_weights_c: how much each class counts.
+    """
+    cosine_bc = embeddings_bd.float() @ F.normalize(centres_cd.float(), dim=1).T
+    sine_bc = (1 - cosine_bc.square()).clamp(min=1e-7).sqrt()
+    moved_bc = torch.where(
+        cosine_bc > -math.cos(margin),
+        cosine_bc * math.cos(margin) - sine_bc * math.sin(margin),
+        cosine_bc - margin * math.sin(margin),
+    )
+    own = labels_b[:, None] == torch.arange(len(centres_cd), device=labels_b.device)
+    return F.cross_entropy(scale * torch.where(own, moved_bc, cosine_bc), labels_b, class_weights_c)

@@ -1,10 +1,10 @@
-"""The encoder: a torchvision ResNet with a linear projection to unit vectors."""
+"""The encoder: a backbone with a projection to unit vectors."""
 
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -12,20 +12,76 @@ from torch import nn
 from configs.errors import UserError
 from configs.training import Model as Settings
 from shards.files import atomic
+from train import backbones
+from train.weights import load_backbone
+
+ARCHITECTURE = ("backbone", "embedding_dim", "projection", "bnneck")
+"""Fields of `model` that say how an encoder is built; encoder.json keeps them."""
 
 
 class Encoder(nn.Module):
     """Images (batch, 3, H, W) -> L2-normalised embeddings (batch, embedding_dim), float32."""
 
-    def __init__(self, backbone: str, embedding_dim: int) -> None:
+    def __init__(self, backbone: nn.Module, projection: str, settings: Settings) -> None:
+        """
+        Args:
+            backbone: images -> features (batch, embedding_dim).
+            projection: name of the backbone's last module, which makes them.
+        """
         super().__init__()
-        self.backbone = torchvision.models.get_model(backbone, weights=None)
-        self.backbone.fc = nn.Linear(self.backbone.fc.in_features, embedding_dim)
+        self.backbone = backbone
+        self.stages = backbones.stages(backbone, projection)
+        if settings.bnneck:
+            self.neck = nn.BatchNorm1d(settings.embedding_dim)
+            self.neck.bias.requires_grad_(
+                False
+            )  # so that the classes lie around the origin (Luo 2019, section 3.5)
+        self._frozen: list[str] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.embed(self.features(images))[1]
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (batch, 3, H, W) -> vectors (batch, embedding_dim) of any length, float32."""
         if not torch.is_autocast_enabled(images.device.type):
             images = images.float()  # the loader may give half types, which then fit no weights
-        return F.normalize(self.backbone(images).float(), dim=1)
+        features: torch.Tensor = self.backbone(images)
+        return features.float()
+
+    def embed(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (batch, embedding_dim) -> unit vectors before and behind the neck; without one, the same.
+
+        Losses of distances act on the former, those of classes on the latter, the embedding (Luo 2019,
+        arXiv 1903.07071).
+        """
+        metric = F.normalize(features, dim=1)
+        return metric, F.normalize(self.neck(features), dim=1) if hasattr(self, "neck") else metric
+
+    def freeze(self, count: int) -> None:
+        """Let the first stages learn nothing, nor count batch statistics, nor drop paths.
+
+        Raises:
+            UserError: if there are fewer.
+        """
+        if count > len(self.stages):
+            named = " │ ".join(" ".join(stage) for stage in self.stages)
+            raise UserError(
+                f"model.freeze={count}: the backbone has {len(self.stages)} stages ({named}); "
+                "freeze as many at most"
+            )
+        self._frozen = [name for stage in self.stages[:count] for name in stage]
+        for name, parameter in self.backbone.named_parameters():
+            if any(f"{name}.".startswith(f"{part}.") for part in self._frozen):
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        modules = dict(self.backbone.named_modules())
+        for name in self._frozen:
+            if name in modules:  # else it is a parameter
+                modules[name].eval()
+        return self
 
     def save(self, path: Path) -> None:
         """Write the weights atomically as safetensors."""
@@ -45,57 +101,35 @@ class Encoder(nn.Module):
             raise UserError(f"{path}: no weights of this encoder ({reason}); train again") from None
 
 
-def build(settings: Settings, *, seed: int) -> Encoder:
-    """A fresh encoder: random by seed, or with backbone weights from torchvision or a file.
+def build(settings: Settings, *, size: int, seed: int) -> Encoder:
+    """A fresh encoder: random by seed, or with backbone weights from its library or a file.
+
+    Args:
+        size: width and height of the images.
 
     Raises:
-        UserError: if the weights cannot be had or do not fit the backbone.
+        UserError: if there is no such backbone, it cannot take such images, or the weights cannot be had or
+        do
+            not fit it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(settings.backbone, settings.embedding_dim)
+        backbone = backbones.create(settings.backbone, size)
+        projection = backbones.classifier(settings.backbone, backbone)
+        backbones.project(backbone, projection, settings)
+        encoder = Encoder(backbone, projection, settings)
+    backbones.check_size(backbone, settings.backbone, size)
     if settings.weights != "none":
-        _load_backbone(encoder.backbone, settings)
+        load_backbone(backbone, projection, settings, size)
+    encoder.freeze(settings.freeze)
     return encoder
 
 
-def _load_backbone(backbone: nn.Module, settings: Settings) -> None:
-    state = _imagenet(settings.backbone) if settings.weights == "imagenet" else _file(Path(settings.weights))
-    state = {k: v for k, v in state.items() if not k.startswith("fc.")}  # the projection takes its place
-    own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("fc.")}
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    wrong += [k for k in state if k not in own]
-    if wrong:
-        raise UserError(
-            f"model.weights={settings.weights}: does not fit {settings.backbone}, {len(wrong)} tensors "
-            f"differ, first {wrong[0]}; give a torchvision state dict of this backbone, or model.weights=none"
-        )
-    backbone.load_state_dict(state, strict=False)
-
-
-def _imagenet(backbone: str) -> dict[str, torch.Tensor]:
-    weights = torchvision.models.get_model_weights(backbone).DEFAULT
-    try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"model.weights=imagenet: cannot download {weights.url} ({error}); fetch it elsewhere and pass "
-            "model.weights=FILE.pth, or start from model.weights=none"
-        ) from None
-
-
-def _file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(state.get("state_dict", state))
-    except Exception as error:  # torch.load raises whatever the bytes provoke
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"model.weights={path}: cannot be read ({reason}); expected none, imagenet, or a state dict "
-            "(.pth, .safetensors)"
-        ) from None
+def rebuild(about: dict[str, Any]) -> Encoder:
+    """The encoder that encoder.json is about, to load weights into; what older files do not say is the
+    default."""
+    fields = {name: about[name] for name in ARCHITECTURE if name in about}
+    return build(Settings(**fields), size=about["preprocessing"]["size"], seed=0)
 
 
 def place(module: nn.Module, device: torch.device) -> None:

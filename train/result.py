@@ -8,6 +8,7 @@ from configs.schema import Experiment
 from shards.files import read_json, sha256
 from shards.shardset import ShardSet
 from train import checkpoint
+from train.model import ARCHITECTURE
 from train.progress import Progress
 
 
@@ -19,7 +20,7 @@ def describe(experiment: Experiment, shards: ShardSet, progress: Progress, steps
     """
     loader = experiment.loader
     return {
-        **experiment.model.model_dump(include={"backbone", "embedding_dim"}),
+        **experiment.model.model_dump(include=set(ARCHITECTURE)),
         "preprocessing": {"size": loader.size, "mean": loader.mean, "std": loader.std},
         "encoding": shards.manifest["settings"]["encode"],
         "classes": shards.classes,

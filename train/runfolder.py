@@ -89,7 +89,7 @@ def load_encoder(folder: Path, device: torch.device) -> tuple[model.Encoder, dic
     """
     needs = ("backbone", "embedding_dim", "encoder_sha256", "preprocessing", "encoding", "shards_sha256")
     about = read_json(folder / "encoder.json", "moleprint train CONFIG", needs)
-    encoder = model.Encoder(about["backbone"], about["embedding_dim"])
+    encoder = model.rebuild(about)
     encoder.load(folder / "encoder.safetensors")
     if sha256(folder / "encoder.safetensors") != about["encoder_sha256"]:
         raise UserError(f"{folder}: encoder.safetensors is not the one encoder.json is about; train again")

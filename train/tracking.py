@@ -67,6 +67,11 @@ class Tracker:
             self._wandb.summary.update({f"{self._stage}/{k}": v for k, v in values.items()})
             self._wandb.log({f"{self._stage}/{k}": wandb.Image(str(path)) for k, path in pictures.items()})
 
+    def alert(self, title: str, text: str) -> None:
+        """Something to look at, which W&B sends on by mail or chat where the user asked for that."""
+        if self._wandb:
+            self._wandb.alert(title=title, text=text)
+
     def close(self, failed: bool = False) -> None:
         """Flush and leave W&B."""
         if self._wandb:

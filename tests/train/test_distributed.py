@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from test_resume import lines, train_until
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,55 +37,64 @@ from train.distributed import (
 )
 from train.embed import embed, evaluation_loader
 from train.learner import Learner
+from train.mining import MININGS
 from train.model import Encoder, build
 from train.signals import Stop
 from train.validation import Embedded, figures
 
-WORLDS = (2, 4)
+WORLDS = (1, 2, 4)
 BATCH, DIM = 16, 6
+ALONE = {"triplet": 0, "classification": 0}
 OBJECTIVES = {
-    "random": Loss(mining="random", margin=0.3),
-    "semi_hard": Loss(mining="semi_hard", margin=0.3),
-    "batch_hard": Loss(mining="batch_hard", margin=0.3, classification=0.5),
-    "classification": Loss(triplet=0),
-    "triplet": Loss(classification=0, margin=0.3),
+    **{name: Loss(mining=name, margin=0.3, classification=0) for name in ("all", *MININGS)},
+    "soft": Loss(mining="all", soft_margin=True, classification=0),
+    "cosine": Loss(mining="semi_hard", distance="cosine", classification=0),
+    **{name: Loss(**ALONE | {name: 1}) for name in ("contrastive", "supcon", "arcface", "classification")},
+    "sum": Loss(triplet=0.5, contrastive=0.25, supcon=2, arcface=0.125, classification=3),
 }
+STEPS = {name: (settings, 0, False) for name, settings in OBJECTIVES.items()}
+STEPS |= {f"sum, {n} at a time": (OBJECTIVES["sum"], n, False) for n in (1, 2)}
+STEPS |= {"sum, neck": (OBJECTIVES["sum"], 0, True), "sum, neck, 2 at a time": (OBJECTIVES["sum"], 2, True)}
+"""Objective, micro-batch (of ranks' 16, 8 and 4 images), neck."""
 
 
-class Small(nn.Module):
-    """An encoder without batch statistics, so that a slice of a batch means what it means in the whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.GELU(), nn.Flatten(), nn.Linear(5 * 36, DIM))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.layers(images), dim=1)
-
-
-def gradients(settings: Loss, rank: int, size: int) -> dict[str, torch.Tensor]:
-    """Loss, figures and every parameter's gradient of one step on this rank's slice of the batch."""
-    draw = torch.Generator().manual_seed(5)
-    images = torch.randn(BATCH, 3, 8, 8, generator=draw)
-    labels, uniform = torch.arange(BATCH) % 3 % 2, torch.rand(BATCH, 2, generator=draw)
+def small(bnneck: bool) -> Encoder:
+    """Without batch statistics, so that a slice of a batch means what it does in the whole; partly frozen."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        small = Small()
+        layers = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3), nn.GELU(), nn.Flatten(), nn.Linear(5 * 36, DIM)]
+    layers[0].requires_grad_(False)
+    return Encoder(nn.Sequential(*layers), "4", Model(embedding_dim=DIM, bnneck=bnneck))
+
+
+def gradients(step: tuple[Loss, int, bool], rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Figures and gradients of two steps on this rank's slices of two batches."""
+    settings, micro_batch, bnneck = step
+    draw = torch.Generator().manual_seed(5)
     learner: nn.Module = Learner(
-        small,  # type: ignore[arg-type]
+        small(bnneck),
         settings,
         embedding_dim=DIM,
         class_weights=torch.tensor([0.7, 1.9]),
         seed=2,
+        micro_batch=micro_batch,
     )
-    names = [name for name, _ in learner.named_parameters()]
-    if size > 1:
-        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
+    bare = learner
+    if dist.is_initialized():
+        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True, static_graph=True)
     mine = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
-    outcome = learner(images[mine], labels[mine], uniform, torch.float32)
-    outcome.loss.backward()
-    found = {name: p.grad.clone() for name, p in zip(names, learner.parameters(), strict=True)}
-    return found | outcome.figures | {"embeddings": outcome.embeddings, "labels": outcome.labels}
+    found: dict[str, torch.Tensor] = {}
+    for step_number in range(2):  # DDP learns in the first what it does in all others
+        images = torch.randn(BATCH, 3, 8, 8, generator=draw)
+        labels, groups = torch.arange(BATCH) % 3 % 2, torch.randint(4, (BATCH,), generator=draw)
+        uniform = torch.rand(BATCH, 2, generator=draw)
+        learner.zero_grad()
+        outcome = learner(images[mine], labels[mine], groups[mine], uniform, torch.float32, settings.mining)
+        outcome.loss.backward()
+        grads = {name: p.grad.clone() for name, p in bare.named_parameters() if p.requires_grad}
+        rest = {"embeddings": outcome.embeddings, "labels": outcome.labels}
+        found |= {f"{step_number}: {name}": value for name, value in (grads | outcome.figures | rest).items()}
+    return found
 
 
 def collectives(rank: int, size: int) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def stopping(here: World) -> list[bool]:
 def validated(here: World) -> dict[str, float]:
     """Validation figures of some vectors."""
     held = Embedded(
-        F.normalize(torch.randn(41, 5, generator=torch.Generator().manual_seed(1))).numpy(),
+        nn.functional.normalize(torch.randn(41, 5, generator=torch.Generator().manual_seed(1))).numpy(),
         np.arange(41) % 5 // 3,
     )
     return figures(held, held, positive=1, margin=0.2, world=here)
@@ -140,12 +148,14 @@ def embeddings(experiment: Experiment, here: World) -> tuple[np.ndarray, np.ndar
     """(index, vectors) of the validation split by a fresh encoder."""
     shards = ShardSet.open(experiment.pack.output)
     loader = evaluation_loader(shards, shards.split("val"), experiment, here)
-    return embed(build(experiment.model, seed=3), loader, precision=torch.float32)
+    return embed(
+        build(experiment.model, size=experiment.loader.size, seed=3), loader, precision=torch.float32
+    )
 
 
-def without_statistics(settings: Model, *, seed: int) -> Encoder:
+def without_statistics(settings: Model, *, size: int, seed: int) -> Encoder:
     """An encoder that a batch's parts mean the same to as the whole: groups, not batches, are normalised."""
-    encoder = build(settings, seed=seed)
+    encoder = build(settings, size=size, seed=seed)
     for module in list(encoder.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -156,7 +166,7 @@ def without_statistics(settings: Model, *, seed: int) -> Encoder:
 def work(
     rank: int, folder: Path, whole: Experiment, cut: Experiment, cached: Experiment, elastic: Experiment
 ) -> None:
-    """All that one rank does, in groups of 2 and then of 4."""
+    """All that one rank does, in groups of 1, then of 2 and of 4."""
     torch.set_num_threads(1)
     for world_size in WORLDS:
         if rank >= world_size:
@@ -167,10 +177,10 @@ def work(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=600),  # the ranks of 4 wait for those of 2
+            timeout=timedelta(seconds=600),  # the ranks of 4 wait for those of 2 and 1
         )
         here = World(rank, world_size, rank, world_size)
-        found = {name: gradients(settings, rank, world_size) for name, settings in OBJECTIVES.items()}
+        found = {name: gradients(step, rank, world_size) for name, step in STEPS.items()}
         results = (found, collectives(rank, world_size), embeddings(whole, here))
         torch.save(results, folder / f"rank-{rank}-of-{world_size}.pt")
         if world_size == 2:
@@ -182,7 +192,7 @@ def work(
                 train_until(5, elastic, here)
             if rank == 0:
                 shutil.copytree(folder / "elastic", folder / "elastic-1")
-        else:
+        if world_size == 4:
             with mock.patch.object(model, "build", without_statistics):
                 encoder.run(elastic, here)
         dist.destroy_process_group()
@@ -213,11 +223,13 @@ def results(folder: Path, size: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("size", WORLDS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", STEPS)
 def test_gradients_of_many_ranks_are_those_of_one(size: int, name: str, ranks: Path) -> None:
-    expected = gradients(OBJECTIVES[name], 0, 1)
-    assert expected["encoder.layers.0.weight"].abs().max() > 1e-3
-    assert ("head.weight" in expected) == (OBJECTIVES[name].classification > 0)
+    settings, _, bnneck = STEPS[name]
+    expected = gradients((settings, 0, bnneck), 0, 1)
+    assert expected["1: encoder.backbone.1.weight"].abs().max() > 1e-3
+    assert ("1: head.weight" in expected) == (settings.classification > 0)
+    assert ("1: centres.weight" in expected) == (settings.arcface > 0)
     for found, _, _ in results(ranks, size):
         assert found[name].keys() == expected.keys()
         for key, value in expected.items():
@@ -233,7 +245,8 @@ def test_collectives(size: int, ranks: Path) -> None:
         assert found["gather"].tolist() == [[rank, 10 * rank] for rank in range(size)]
         assert found["broadcast"] == {"rank": 0}
         assert found["total"] == size * (size + 1) // 2
-        assert f"ranks {list(range(1, size))} have another step than rank 0" in found["told"]
+        others = list(range(1, size))
+        assert f"ranks {others} have another step than rank 0" in found["told"] or not others
         mean, count = found["buffers"]
         assert mean.tolist() == [0, 0] and count == 7
         assert found["stop"] == [False] * 5 + [True] * 5

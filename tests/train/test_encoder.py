@@ -1,4 +1,4 @@
-"""The schedule, the groups of weight decay, and what a finished run says of itself."""
+"""The schedule, and what a finished run says of itself."""
 
 import json
 import math
@@ -18,7 +18,6 @@ from shards.shardset import ShardSet
 from train import encoder, result
 from train.centroids import Centroids
 from train.distributed import World, world
-from train.encoder import _decay_groups
 from train.runfolder import load_encoder
 from train.schedule import learning_rate
 
@@ -37,13 +36,6 @@ def test_any_warm_up_gives_a_usable_rate(warmup: float, epochs: int) -> None:
     settings = Train(epochs=epochs, lr=1e-3, warmup=warmup)
     rates = [learning_rate(settings, step, 7) for step in range(7 * epochs)]
     assert all(0 < rate <= 1e-3 for rate in rates)
-
-
-def test_biases_and_norms_do_not_decay() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    decayed, spared = _decay_groups(module, 0.1)
-    assert [len(decayed["params"]), len(spared["params"])] == [2, 4]
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
 
 
 def test_the_centroid_score_is_a_difference_of_cosines() -> None:

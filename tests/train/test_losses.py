@@ -1,108 +1,224 @@
-"""The triplet losses and the whole objective against slow loops over (anchor, positive, negative)."""
+"""The losses against pytorch-metric-learning and slow loops, their gradients too; compiled; in half types."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning import losses as pml
+from pytorch_metric_learning.miners import BatchHardMiner
+from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.training import Loss
-from train.learner import Learner, spread
-from train.losses import triplet
+from configs.training import Model as ModelSettings
+from train.distances import Pairs, distances
+from train.learner import Learner
+from train.losses import Mined, arcface, contrastive, supcon, triplet
+from train.mining import MININGS
+from train.model import Encoder
 
-MININGS = ["random", "semi_hard", "batch_hard"]
-MARGIN = 0.3
+ALL = ["all", *MININGS]
+MARGINS = [0.3, None]
+KINDS = ["euclidean", "cosine"]
+CLASSES = 3
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def batch(seed: int, count: int = 18, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit vectors (count, 5) in loose clusters, labels, and draws for random mining."""
+def batch(seed: int, count: int = 18, dim: int = 5) -> Batch:
+    """Unit vectors (count, dim) in loose clusters, labels, patients, and draws for random mining."""
     draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (count,), generator=draw)
-    centres = torch.randn(classes, 5, generator=draw)
-    raw = centres[labels] + torch.randn(count, 5, generator=draw)
-    return F.normalize(raw, dim=1), labels, torch.rand(count, 2, generator=draw)
+    labels = torch.randint(CLASSES, (count,), generator=draw)
+    centres = torch.randn(CLASSES, dim, generator=draw)
+    raw = centres[labels] + torch.randn(count, dim, generator=draw)
+    groups = torch.randint(6, (count,), generator=draw)
+    return F.normalize(raw, dim=1), labels, groups, torch.rand(count, 2, generator=draw)
 
 
-def slow_triplets(
-    vectors: torch.Tensor, labels: torch.Tensor, mining: str, uniform: torch.Tensor
-) -> list[tuple[int, int, int]]:
+def mined(
+    vectors: torch.Tensor, given: Batch, mining: str, margin: float | None = 0.3, kind: str = "euclidean"
+) -> Mined:
+    """The triplet loss of vectors with a batch's labels, patients and draws."""
+    _, labels, groups, uniform = given
+    pairs = Pairs.of(labels, groups)
+    return triplet(distances(vectors, kind), pairs, mining=mining, margin=margin, uniform_b2=uniform)
+
+
+def slow_distance(one: torch.Tensor, other: torch.Tensor, kind: str) -> torch.Tensor:
+    """As a textbook has it."""
+    return (one - other).norm() if kind == "euclidean" else 1 - one @ other
+
+
+def slow_triplets(vectors: torch.Tensor, given: Batch, mining: str, kind: str) -> list[tuple[int, int, int]]:
     """The mined (anchor, positive, negative), as the papers say it."""
+    _, labels, groups, uniform = given
     count = len(labels)
-    d = [[math.dist(vectors[i].tolist(), vectors[j].tolist()) for j in range(count)] for i in range(count)]
+    d = (torch.cdist(vectors, vectors) if kind == "euclidean" else 1 - vectors @ vectors.T).tolist()
     chosen = []
     for a in range(count):
         positives = [p for p in range(count) if p != a and labels[p] == labels[a]]
         negatives = [n for n in range(count) if labels[n] != labels[a]]
+        own = [n for n in negatives if groups[n] == groups[a]]
         if not positives or not negatives:
             continue
         if mining == "random":
-            p, n = (
-                of[int(u * len(of))]
-                for of, u in zip((positives, negatives), uniform[a].tolist(), strict=True)
-            )
+            drawn = zip((positives, negatives), uniform[a].tolist(), strict=True)
+            p, n = (of[int(u * len(of))] for of, u in drawn)
             chosen.append((a, p, n))
-        elif mining == "batch_hard":
-            chosen.append((a, max(positives, key=d[a].__getitem__), min(negatives, key=d[a].__getitem__)))
-        else:
+        elif mining == "all":
+            chosen += [(a, p, n) for p in positives for n in negatives]
+        elif mining == "semi_hard":
             for p in positives:
                 beyond = [n for n in negatives if d[a][n] > d[a][p]]
                 n = min(beyond, key=d[a].__getitem__) if beyond else max(negatives, key=d[a].__getitem__)
                 chosen.append((a, p, n))
+        else:
+            among = own if own and mining == "patient_hard" else negatives
+            chosen.append((a, max(positives, key=d[a].__getitem__), min(among, key=d[a].__getitem__)))
     return chosen
 
 
-@pytest.mark.parametrize("mining", MININGS)
-@pytest.mark.parametrize("seed", range(6))
-def test_a_mined_loss_and_its_gradient_equal_a_slow_loop(mining: str, seed: int) -> None:
-    vectors, labels, uniform = batch(seed)
-    fast = vectors.clone().requires_grad_()
-    mined = triplet(fast, labels, mining=mining, margin=MARGIN, uniform_b2=uniform)
-    mined.loss.backward()
-
-    slow = vectors.double().requires_grad_()
-    chosen = slow_triplets(vectors.double(), labels, mining, uniform)
-    near = torch.stack([(slow[a] - slow[p]).norm() for a, p, _ in chosen])
-    far = torch.stack([(slow[a] - slow[n]).norm() for a, _, n in chosen])
-    losses = (near - far + MARGIN).clamp(min=0)
-    losses.mean().backward()
-
-    assert (losses > 0).any() and (mining == "batch_hard" or (losses == 0).any())  # both sides of the hinge
-    for value, expected in [
-        (mined.loss, losses.mean()),
-        (mined.active, (losses > 0).double().mean()),
-        (mined.positive, near.mean()),
-        (mined.negative, far.mean()),
-    ]:
-        torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-5)
-    # A unit vector moves along the sphere only, where both ways of writing the distance agree.
-    torch.testing.assert_close(tangent(fast), tangent(slow).float(), atol=1e-5, rtol=1e-4)
-
-
 def tangent(vectors: torch.Tensor) -> torch.Tensor:
-    """Gradients (n, dim) without their part along the vectors."""
+    """Gradients (n, dim) without their part along the vectors: a unit vector moves along the sphere only."""
     assert vectors.grad is not None
     along = (vectors.grad * vectors).sum(1, keepdim=True)
-    return (vectors.grad - along * vectors).detach()
+    return (vectors.grad - along * vectors).detach().float()
+
+
+def assert_alike(
+    given: torch.Tensor, fast: Callable[[torch.Tensor], Any], slow: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Two ways to write a loss of unit vectors agree, and so do their gradients on the sphere."""
+    mine, theirs = given.clone().requires_grad_(), given.double().requires_grad_()
+    one, other = fast(mine), slow(theirs)
+    torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+    one.backward()
+    other.backward()
+    assert tangent(mine).abs().max() > 1e-3
+    torch.testing.assert_close(tangent(mine), tangent(theirs), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("mining", ALL)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_triplet_loss_and_its_gradient_equal_a_slow_loop(
+    seed: int, mining: str, margin: float | None, kind: str
+) -> None:
+    given = batch(seed)
+    chosen = slow_triplets(given[0].double(), given, mining, kind)
+
+    def slow(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        near = torch.stack([slow_distance(vectors[a], vectors[p], kind) for a, p, _ in chosen])
+        far = torch.stack([slow_distance(vectors[a], vectors[n], kind) for a, _, n in chosen])
+        losses = (1 + (near - far).exp()).log() if margin is None else (near - far + margin).clamp(min=0)
+        return losses[losses > 0] if mining == "all" else losses, near, far
+
+    assert_alike(given[0], lambda v: mined(v, given, mining, margin, kind).loss, lambda v: slow(v)[0].mean())
+    found, (_, near, far) = mined(given[0], given, mining, margin, kind), slow(given[0].double())
+    active = (near - far + (margin or 0) > 0).double().mean()
+    assert 0 < active < 1 or mining in ("batch_hard", "patient_hard")  # both sides of the hinge
+    for value, expected in [
+        (found.active, active),
+        (found.positive, near.mean()),
+        (found.negative, far.mean()),
+    ]:
+        torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_triplet_losses_are_those_of_pytorch_metric_learning(margin: float | None) -> None:
+    given = batch(7, count=24)
+    labels, settings = given[1], {"margin": margin or 0, "smooth_loss": margin is None}
+    every = pml.TripletMarginLoss(**settings)
+    assert_alike(given[0], lambda v: mined(v, given, "all", margin).loss, lambda v: every(v, labels))
+    hardest = pml.TripletMarginLoss(**settings, reducer=MeanReducer())
+    assert_alike(
+        given[0],
+        lambda v: mined(v, given, "batch_hard", margin).loss,
+        lambda v: hardest(v, labels, BatchHardMiner()(v, labels)),
+    )
+
+
+def test_the_contrastive_loss_equals_a_slow_loop() -> None:
+    given = batch(3)
+    labels, count = given[1].tolist(), len(given[1])
+
+    def slow(vectors: torch.Tensor) -> torch.Tensor:
+        kinds: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for i in range(count):
+            for j in range(i):
+                d = (vectors[i] - vectors[j]).norm()
+                apart = labels[i] != labels[j]
+                kinds[apart].append((0.9 - d).clamp(min=0) ** 2 / 2 if apart else d**2 / 2)
+        assert any(loss == 0 for loss in kinds[1]) and any(loss > 0 for loss in kinds[1])
+        return torch.stack(kinds[0]).mean() + torch.stack(kinds[1]).mean()
+
+    pairs = Pairs.of(given[1], given[2])
+    assert_alike(given[0], lambda v: contrastive(distances(v), pairs, margin=0.9), slow)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_the_supervised_contrastive_loss_is_that_of_pytorch_metric_learning(temperature: float) -> None:
+    given = batch(4)
+    pairs, theirs = Pairs.of(given[1], given[2]), pml.SupConLoss(temperature)
+    assert_alike(given[0], lambda v: supcon(v, pairs, temperature=temperature), lambda v: theirs(v, given[1]))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 2.5])
+def test_arcface_is_that_of_pytorch_metric_learning(margin: float) -> None:
+    """With the largest margin most angles pass π, where the loss goes on another way."""
+    given = batch(5)
+    centres = torch.randn(CLASSES, 5, generator=torch.Generator().manual_seed(1))
+    theirs = pml.ArcFaceLoss(CLASSES, 5, margin=math.degrees(margin), scale=20).double()
+    theirs.W.data = centres.T.double()
+    mine = centres.clone().requires_grad_()
+
+    def fast(vectors: torch.Tensor) -> torch.Tensor:
+        weights = torch.ones(CLASSES)
+        return arcface(vectors, given[1], mine, margin=margin, scale=20, class_weights_c=weights)
+
+    assert_alike(given[0], fast, lambda v: theirs(v, given[1]))
+    assert mine.grad is not None
+    torch.testing.assert_close(mine.grad, theirs.W.grad.T.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_arcface_weighs_classes() -> None:
+    vectors, labels, *_ = batch(5)
+    weights = torch.tensor([0.0, 1.0, 3.0])
+    each = [
+        arcface(v[None], y[None], torch.eye(CLASSES, 5), margin=0.5, scale=9, class_weights_c=torch.ones(3))
+        for v, y in zip(vectors, labels, strict=True)
+    ]
+    expected = (torch.stack(each) * weights[labels]).sum() / weights[labels].sum()
+    found = arcface(vectors, labels, torch.eye(CLASSES, 5), margin=0.5, scale=9, class_weights_c=weights)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_semi_hard_negative_lies_strictly_beyond_the_positive() -> None:
     """Anchor x, positive y; of the negatives z is as far as y, so that −x is the one."""
     vectors = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]])
-    mined = triplet(
-        vectors, torch.tensor([0, 0, 1, 2]), mining="semi_hard", margin=1, uniform_b2=torch.zeros(4, 2)
-    )
+    labels = torch.tensor([0, 0, 1, 2])
+    found = mined(vectors, (vectors, labels, labels, torch.zeros(4, 2)), "semi_hard", 1)
     # From y, all negatives are as far as x: the farthest it is.
     expected = ((math.sqrt(2) - 2 + 1) + 1) / 2
-    torch.testing.assert_close(mined.loss, torch.tensor(expected))
+    torch.testing.assert_close(found.loss, torch.tensor(expected))
 
 
-def test_torch_agrees() -> None:
-    vectors, labels, uniform = batch(1)
-    a, p, n = torch.tensor(slow_triplets(vectors, labels, "random", uniform)).T
-    expected = F.triplet_margin_loss(vectors[a], vectors[p], vectors[n], margin=MARGIN)
-    mined = triplet(vectors, labels, mining="random", margin=MARGIN, uniform_b2=uniform)
-    torch.testing.assert_close(mined.loss, expected, atol=1e-5, rtol=0)
+def test_a_patients_own_negative_goes_first() -> None:
+    """At angles 0, 10 (positives), 20 (another patient's negative), 90 (the own one)."""
+    angles = torch.tensor([0.0, 10, 20, 90]).deg2rad()
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels, groups = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 0])
+    d = distances(vectors)
+    own = triplet(d, Pairs.of(labels, groups), mining="patient_hard", margin=9, uniform_b2=torch.zeros(4, 2))
+    expected = (d[0, 3] + d[1, 2] + d[2, 1] + d[3, 0]) / 4
+    torch.testing.assert_close(own.negative, expected)
 
 
 def test_random_mining_reaches_every_positive_and_negative() -> None:
@@ -110,83 +226,149 @@ def test_random_mining_reaches_every_positive_and_negative() -> None:
     labels = torch.arange(130) % 2
     vectors = F.normalize(torch.randn(130, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     for edge in (0.0, 1 - 2**-24):
-        uniform = torch.full((130, 2), edge)
-        mined = triplet(vectors, labels, mining="random", margin=MARGIN, uniform_b2=uniform)
-        a, p, n = torch.tensor(slow_triplets(vectors, labels, "random", uniform)).T
-        expected = F.triplet_margin_loss(vectors[a], vectors[p], vectors[n], margin=MARGIN)
-        torch.testing.assert_close(mined.loss, expected, atol=1e-5, rtol=0)
+        given = (vectors, labels, labels, torch.full((130, 2), edge))
+        a, p, n = torch.tensor(slow_triplets(vectors, given, "random", "euclidean")).T
+        expected = F.triplet_margin_loss(vectors[a], vectors[p], vectors[n], margin=0.3)
+        torch.testing.assert_close(mined(vectors, given, "random").loss, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mining", MININGS)
-def test_identical_embeddings_have_finite_gradients(mining: str) -> None:
-    _, labels, uniform = batch(0)
+OBJECTIVES = {
+    **{name: Loss(mining=name, classification=0) for name in ALL},  # type: ignore[arg-type]
+    "soft": Loss(mining="all", soft_margin=True, classification=0),
+    "cosine": Loss(mining="semi_hard", distance="cosine", classification=0),
+    "contrastive": Loss(triplet=0, contrastive=1, classification=0),
+    "supcon": Loss(triplet=0, supcon=1, classification=0),
+    "arcface": Loss(triplet=0, arcface=1, classification=0),
+    "classification": Loss(triplet=0),
+    "sum": Loss(triplet=0.5, contrastive=0.25, supcon=2, arcface=0.125, classification=3),
+}
+
+
+def learner(settings: Loss, dim: int = 5, classes: int = CLASSES) -> Learner:
+    """A learner whose images are the features already."""
+    encoder = Encoder(nn.Identity(), "", ModelSettings(embedding_dim=dim))
+    return Learner(encoder, settings, embedding_dim=dim, class_weights=torch.linspace(1, 2, classes), seed=0)
+
+
+def step(of: Learner, given: Batch, settings: Loss) -> torch.Tensor:
+    """The loss of a batch of features."""
+    loss: torch.Tensor = of(*given, torch.float32, settings.mining).loss
+    return loss
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_identical_embeddings_have_finite_gradients(name: str) -> None:
+    settings = OBJECTIVES[name]
+    _, labels, groups, uniform = batch(0)
     raw = torch.ones(18, 5).requires_grad_()
-    mined = triplet(F.normalize(raw, dim=1), labels, mining=mining, margin=MARGIN, uniform_b2=uniform)
-    mined.loss.backward()
-    torch.testing.assert_close(mined.loss.detach(), torch.tensor(MARGIN), atol=1e-3, rtol=0)
-    assert raw.grad is not None and raw.grad.isfinite().all()
+    loss = step(learner(settings), (raw, labels, groups, uniform), settings)
+    loss.backward()
+    assert loss.isfinite() and raw.grad is not None and raw.grad.isfinite().all()
+    if name in MININGS:
+        torch.testing.assert_close(loss.detach(), torch.tensor(settings.margin), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("own", [1.0, -1.0])
+def test_arcface_has_finite_gradients_at_and_opposite_the_centre(own: float) -> None:
+    centres = torch.eye(3).requires_grad_()
+    vectors = (own * torch.eye(3)).requires_grad_()
+    loss = arcface(vectors, torch.arange(3), centres, margin=0.5, scale=30, class_weights_c=torch.ones(3))
+    loss.backward()
+    assert vectors.grad is not None and centres.grad is not None
+    assert vectors.grad.isfinite().all() and centres.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*ALL, "soft", "contrastive", "supcon"])
 @pytest.mark.parametrize(
     "labels", [torch.arange(6), torch.zeros(6, dtype=torch.long)], ids=["no positive", "no negative"]
 )
-def test_a_batch_without_triplets_gives_zero(mining: str, labels: torch.Tensor) -> None:
-    vectors, _, uniform = batch(2, count=6)
-    vectors.requires_grad_()
-    mined = triplet(vectors, labels, mining=mining, margin=MARGIN, uniform_b2=uniform)
-    mined.loss.backward()
-    assert mined.loss == mined.active == mined.positive == mined.negative == 0
-    assert vectors.grad is not None and (vectors.grad == 0).all()
+def test_a_batch_without_triplets_gives_zero(name: str, labels: torch.Tensor) -> None:
+    """Without pairs of one kind, the other losses go on with the other kind, if they can."""
+    settings = OBJECTIVES[name]
+    features, _, groups, uniform = batch(2, count=6)
+    features.requires_grad_()
+    outcome = learner(settings)(features, labels, groups, uniform, torch.float32, settings.mining)
+    outcome.loss.backward()
+    assert outcome.loss.isfinite() and features.grad is not None and features.grad.isfinite().all()
+    if settings.triplet:
+        triplets = ("triplet", "active_triplets", "distance_positive", "distance_negative")
+        assert all(outcome.figures[name] == 0 for name in triplets) and (features.grad == 0).all()
 
 
-@pytest.mark.parametrize("mining", MININGS)
-def test_half_precision_is_mined_in_full(mining: str) -> None:
-    vectors, labels, uniform = batch(3)
-    rounded = vectors.bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_half_types_are_compared_in_full(name: str, dtype: torch.dtype) -> None:
+    settings = OBJECTIVES[name]
+    vectors, *rest = batch(3)
     half, full = (
-        triplet(v, labels, mining=mining, margin=MARGIN, uniform_b2=uniform).loss
-        for v in (rounded, rounded.float())
+        step(learner(settings), (v, *rest), settings)  # type: ignore[arg-type]
+        for v in (vectors.to(dtype), vectors.to(dtype).float())
     )
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, full)
 
 
-@pytest.mark.parametrize(("weight", "classification"), [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
-def test_the_objective_is_the_weighted_sum(weight: float, classification: float) -> None:
-    vectors, labels, uniform = batch(4)
-    settings = Loss(triplet=weight, classification=classification, margin=MARGIN)
-    class_weights = torch.tensor([1.0, 2.0, 0.5])
-    learner = Learner(nn.Identity(), settings, embedding_dim=5, class_weights=class_weights, seed=0)  # type: ignore[arg-type]
-    outcome = learner(vectors, labels, uniform, torch.float32)
-    expected = weight * triplet(vectors, labels, mining="semi_hard", margin=MARGIN, uniform_b2=uniform).loss
-    if classification:
-        logits = 10 * (vectors @ learner.head.weight.T + learner.head.bias / 10)
-        of_class = class_weights[labels]
-        chance = logits.softmax(1)[range(18), labels]
-        expected = expected + classification * -(of_class * chance.log()).sum() / of_class.sum()
-    torch.testing.assert_close(outcome.loss, expected)
-    assert set(outcome.figures) >= {"loss", "spread"}
-    assert ("triplet" in outcome.figures, "classification" in outcome.figures) == (
-        weight > 0,
-        classification > 0,
-    )
-    assert torch.equal(outcome.embeddings, vectors) and torch.equal(outcome.labels, labels)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_vectors_are_in_float32(dtype: torch.dtype) -> None:
+    vectors, labels, groups, _ = batch(3)
+    half, pairs = vectors.to(dtype), Pairs.of(labels, groups)
+    settings = {"margin": 0.5, "scale": 9, "class_weights_c": torch.ones(CLASSES)}
+    for loss in (
+        distances,
+        lambda v: supcon(v, pairs, temperature=0.1),
+        lambda v: arcface(v, labels, torch.eye(CLASSES, 5, dtype=v.dtype), **settings),
+    ):
+        assert loss(half).dtype == torch.float32
+        torch.testing.assert_close(loss(half), loss(half.float()))
 
 
-def test_the_head_is_a_function_of_the_seed_alone() -> None:
-    before = torch.get_rng_state()
-    heads = [
-        Learner(nn.Identity(), Loss(), embedding_dim=4, class_weights=torch.ones(2), seed=seed).head.weight  # type: ignore[arg-type]
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    assert torch.equal(torch.get_rng_state(), before)
+class Watched(TorchDispatchMode):
+    """Refuses whatever would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select")), name
+        return func(*args, **(kwargs or {}))
 
 
-def test_spread_is_zero_at_collapse_and_one_in_all_directions() -> None:
-    assert spread(torch.eye(4)[[1, 1, 1]]) == 0
-    assert spread(torch.cat([torch.eye(4), -torch.eye(4)])) == 1
-    vectors, _, _ = batch(0)
-    expected = (vectors - vectors.mean(0)).square().sum(1).mean().sqrt()
-    torch.testing.assert_close(spread(vectors), expected)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_never_makes_the_host_wait(name: str) -> None:
+    settings = OBJECTIVES[name]
+    vectors, *rest = batch(6)
+    of = learner(settings)
+    with Watched():
+        step(of, (vectors.requires_grad_(), *rest), settings).backward()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [*ALL, "soft", "sum"])
+def test_an_objective_compiles_whole_and_once(name: str) -> None:
+    """No graph breaks, and no other batch of the same shape compiles again."""
+    settings = OBJECTIVES[name]
+    of = learner(settings)
+
+    def objective(
+        metric: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor, draws: torch.Tensor
+    ) -> Any:
+        losses, figures = of._losses(metric, metric, labels, groups, draws, settings.mining)
+        return sum(losses.values()), figures
+
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs) if name == "soft" else graph  # it traces the gradient too
+
+    compiled = torch.compile(objective, fullgraph=True, backend=backend, dynamic=False)
+    for seed in range(2):
+        vectors, *rest = batch(seed)
+        mine, plain = vectors.clone().requires_grad_(), vectors.clone().requires_grad_()
+        stance = "default" if not seed else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
+            loss, figures = compiled(mine, *rest)
+        expected, expected_figures = objective(plain, *rest)
+        torch.testing.assert_close((loss, figures), (expected, expected_figures))
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(mine.grad, plain.grad, atol=1e-6, rtol=1e-5)
+    assert len(graphs) == 1

@@ -1,16 +1,21 @@
-"""The encoder: unit vectors, weights by seed or from a file, saved and read back."""
+"""The encoder: unit vectors, weights by seed, frozen stages, saved, read back and rebuilt."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from configs.errors import UserError
 from configs.training import Model
-from train.model import Encoder, autocast_dtype, build, place
+from train import model
+from train.model import Encoder, autocast_dtype, place, rebuild
 
 SMALL = Model(backbone="resnet18", embedding_dim=8)
+
+
+def build(settings: Model, *, seed: int, size: int = 40) -> Encoder:
+    """A fresh encoder of small images."""
+    return model.build(settings, size=size, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -86,40 +91,47 @@ def test_unfit_weights_are_the_users_error(encoder: Encoder, tmp_path: Path) -> 
         encoder.load(path)
 
 
-@pytest.mark.parametrize(("suffix", "nested"), [(".pth", False), (".pth", True), (".safetensors", False)])
-def test_a_backbone_starts_from_a_file(suffix: str, nested: bool, encoder: Encoder, tmp_path: Path) -> None:
-    state = dict(encoder.backbone.state_dict()) | {
-        "fc.weight": torch.zeros(1000, 512),
-        "fc.bias": torch.zeros(1000),
-    }
-    path = tmp_path / f"backbone{suffix}"
-    if suffix == ".pth":
-        torch.save({"state_dict": state} if nested else state, path)
-    else:
-        save_file({k: v.contiguous() for k, v in state.items()}, path)
-    loaded = build(SMALL.model_copy(update={"weights": str(path)}), seed=8)
-    for name, tensor in loaded.backbone.state_dict().items():
-        assert torch.equal(tensor, encoder.backbone.state_dict()[name]) != name.startswith("fc.")
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_b_32", "timm/vit_tiny_patch16_224"])
+def test_an_encoder_is_rebuilt_from_what_is_said_of_it(backbone: str, tmp_path: Path) -> None:
+    settings = Model(backbone=backbone, embedding_dim=8, projection="mlp", bnneck=True, freeze=1)
+    encoder = build(settings, size=64, seed=1)
+    encoder.save(tmp_path / "encoder.safetensors")
+    about = settings.model_dump(include=set(model.ARCHITECTURE)) | {"preprocessing": {"size": 64}}
+    other = rebuild(about)
+    other.load(tmp_path / "encoder.safetensors")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(other.eval()(images), encoder.eval()(images))
 
 
-def test_weights_that_cannot_be_used_are_explained(encoder: Encoder, tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    settings = SMALL.model_copy(update={"weights": str(path)})
-    with pytest.raises(UserError, match=r"cannot be read \(.*No such file.*expected none, imagenet"):
-        build(settings, seed=0)
-    path.write_bytes(b"no weights")
-    with pytest.raises(UserError, match="cannot be read"):
-        build(settings, seed=0)
-    torch.save({"head.weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"does not fit resnet18.*conv1\.weight"):
-        build(settings, seed=0)
-    torch.save([1, 2], path)
-    with pytest.raises(UserError, match="cannot be read"):
-        build(settings, seed=0)
-    state = dict(encoder.backbone.state_dict())
-    torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
-    with pytest.raises(UserError, match=r"1 tensors differ, first conv1\.weight"):
-        build(settings, seed=0)
+def test_an_encoder_of_before_these_options_is_rebuilt(encoder: Encoder) -> None:
+    older = rebuild({"backbone": "resnet18", "embedding_dim": 8, "preprocessing": {"size": 40}})
+    older.load_state_dict(encoder.state_dict())
+    assert equal(older, encoder)
+
+
+def test_a_projection_of_two_layers_has_the_features_width() -> None:
+    fc = build(SMALL.model_copy(update={"projection": "mlp"}), seed=0).backbone.fc
+    assert [type(layer).__name__ for layer in fc] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert fc[0].weight.shape == (512, 512) and fc[0].bias is None and fc[3].weight.shape == (8, 512)
+
+
+def test_frozen_stages_learn_nothing_and_count_nothing() -> None:
+    frozen = build(SMALL.model_copy(update={"freeze": 3}), seed=0).train()
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    frozen(torch.randn(4, 3, 40, 40)).sum().backward()
+    torch.optim.SGD([p for p in frozen.parameters() if p.grad is not None], lr=1).step()
+    for name, tensor in frozen.state_dict().items():
+        still = name.startswith(tuple(f"backbone.{part}." for part in ("conv1", "bn1", "layer1", "layer2")))
+        assert torch.equal(tensor, before[name]) == still, name
+    assert not frozen.backbone.layer2.training and frozen.backbone.layer3.training
+    frozen.eval().train()
+    assert not frozen.backbone.bn1.training and frozen.backbone.fc.training
+
+
+def test_no_more_stages_are_frozen_than_there_are() -> None:
+    build(SMALL.model_copy(update={"freeze": 5}), seed=0)
+    with pytest.raises(UserError, match=r"freeze=6: the backbone has 5 stages \(conv1 bn1 │ layer1 │"):
+        build(SMALL.model_copy(update={"freeze": 6}), seed=0)
 
 
 @pytest.mark.parametrize(
