@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.fields import Count, CountOrAuto, Section
-from configs.judging import Classifier, Evaluate
+from configs.judging import Classifier, Embed, Evaluate
 from configs.loading import Loader
 from configs.packing import Pack, Synthetic
 from configs.training import Loss, Model, Train
@@ -52,6 +52,7 @@ class Experiment(Section):
     model: Model = Model()
     loss: Loss = Loss()
     train: Train = Train()
+    embed: Embed = Embed()
     classifier: Classifier = Classifier()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()

@@ -26,7 +26,7 @@ STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str
     ),
     "embed": (
         stages.embed,
-        ("pack", "loader", "train", "run"),
+        ("pack", "loader", "train", "embed", "run"),
         "embed every sample with the trained encoder",
     ),
     "classify": (

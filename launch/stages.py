@@ -130,14 +130,15 @@ def _embedded(call: Call) -> bool:
 def classify(call: Call) -> None:
     """Train the classifier on frozen embeddings."""
     from train import runfolder
-    from train.classifier import fit
+    from train.classify import fit, summary
     from train.embeddings import read_meta
     from train.tracking import Tracker
 
     read_meta(call.experiment.run.folder, "train")  # no run folder is made for a run that is not there
     with runfolder.locked(call.experiment.run.folder), Tracker(call.experiment, "classifier") as tracker:
         runfolder.describe(call.experiment)
-        fit(call.experiment, tracker=tracker)
+        record = fit(call.experiment, tracker=tracker)
+    print("\n".join(summary(record)))
     print(f"classifier: {call.experiment.run.folder / 'classifier.safetensors'}")
 
 

@@ -35,24 +35,42 @@ def fit_temperature(
 
 
 def choose_threshold(
-    scores: NDArray[np.float64], positives: NDArray[np.bool_], rule: str, sensitivity: float
+    scores: NDArray[np.float64],
+    positives: NDArray[np.bool_],
+    rule: str,
+    *,
+    sensitivity: float = 0.9,
+    specificity: float = 0.9,
+    cost: float = 1.0,
 ) -> float:
-    """The operating point, one of the scores: positive is called where score >= threshold.
+    """The operating point: positive is called where score >= threshold.
+
+    It is one of the scores, or just above the highest where calling nothing is best. Where several are as
+    good, it is the highest, which calls the fewest.
 
     Args:
         scores: (n,) probability of the positive class.
         positives: (n,) whether a sample is of that class; both kinds must be there.
-        rule: `youden` maximises sensitivity + specificity (Youden 1950), the highest threshold where several
-            do; `sensitivity` is the highest threshold that reaches `sensitivity`; `half` is 0.5.
-        sensitivity: what the rule `sensitivity` asks for, 0..1.
+        rule: `youden` maximises sensitivity + specificity (Youden 1950); `sensitivity` is the highest
+        threshold
+            that reaches `sensitivity`; `specificity` is the lowest that reaches `specificity`; `cost`
+            minimises `cost` × missed + false alarms among these samples; `half` is 0.5.
+        sensitivity, specificity: what the rules of these names ask for, 0..1.
+        cost: how many false alarms one missed positive weighs.
     """
     if rule == "half":
         return 0.5
-    candidates, where = np.unique(-scores, return_inverse=True)  # highest first
-    caught = np.cumsum(np.bincount(where, positives)).astype(np.int64)
-    alarms = np.cumsum(np.bincount(where, ~positives)).astype(np.int64)
+    distinct, where = np.unique(-scores, return_inverse=True)  # highest first
+    candidates = np.append(np.nextafter(scores.max(), np.inf), -distinct)
+    caught = np.append(0, np.cumsum(np.bincount(where, positives))).astype(np.int64)
+    alarms = np.append(0, np.cumsum(np.bincount(where, ~positives))).astype(np.int64)
     if rule == "sensitivity":
-        best = np.argmax(caught / caught[-1] >= sensitivity)
+        best = max(1, int(np.argmax(caught / caught[-1] >= sensitivity)))
+    elif rule == "specificity":
+        best = int(np.flatnonzero(1 - alarms / alarms[-1] >= specificity)[-1])
+    elif rule == "cost":
+        best = int(np.argmin(cost * (caught[-1] - caught) + alarms))
     else:
-        best = np.argmax(caught * alarms[-1] - alarms * caught[-1])  # in integers, so that ties are ties
-    return float(-candidates[best])
+        # In integers, so that ties are ties; calling nothing is no operating point.
+        best = 1 + int(np.argmax(caught[1:] * alarms[-1] - alarms[1:] * caught[-1]))
+    return float(candidates[best])

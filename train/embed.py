@@ -3,10 +3,14 @@
 torchrun --nproc-per-node=N -m train.embed CONFIG key=value …
 """
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Never
 
 import numpy as np
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -18,10 +22,15 @@ from pipeline.sampler import PADDING, Indices, Sequential
 from shards.files import sha256
 from shards.shardset import SPLITS, ShardSet
 from train import runfolder
-from train.distributed import World, gather
-from train.embeddings import Embeddings, read_meta, write_embeddings
+from train.distributed import World, broadcast, gather
+from train.embeddings import OURS, Embeddings, embeddings_writer, read_meta
 from train.entry import start
 from train.model import Encoder
+
+ROWS = 8192
+"""Samples in a row group: 16 MB of 512 float32."""
+PLACES = ("split", "shard", "offset", "size", "crc32")
+"""Columns of `samples.parquet` that say where a sample lies, not what it is."""
 
 
 def evaluation_loader(
@@ -49,7 +58,6 @@ def evaluation_loader(
     )
 
 
-@torch.inference_mode()
 def embed(
     encoder: Encoder,
     loader: Loader,
@@ -64,31 +72,75 @@ def embed(
         world: whose watchdog is told of every batch.
 
     Returns:
-        indices (n,) ascending and embeddings (n, dim), of all ranks, padding dropped; the same on every rank.
+        indices (n,) and embeddings (n, dim), of all ranks, in the loader's order, padding dropped; the same
+        on every rank.
     """
+    pieces = list(stream(encoder, loader, precision=precision, progress=progress, world=world))
+    return np.concatenate([index for index, _ in pieces]), np.concatenate([vectors for _, vectors in pieces])
+
+
+def stream(
+    encoder: Encoder,
+    loader: Loader,
+    *,
+    precision: torch.dtype,
+    symmetries: bool = False,
+    progress: "tqdm[Never] | None" = None,
+    world: World | None = None,
+) -> Iterator[tuple[Indices, NDArray[np.float32]]]:
+    """As `embed`, in pieces of about ROWS samples, so that memory does not grow with their number."""
     was_training = encoder.training
     encoder.eval()
-    vectors, index = [], []
-    for batch in loader.epoch():
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
-            vectors.append(encoder(images))
-        index.append(batch.index)
-        if world is not None:
-            world.beat("a batch that was embedded")
-        if progress is not None:
-            left = int((progress.total or 0) - progress.n)  # the last batch is padded
-            progress.update(min(len(batch.index) * loader.world_size, left))
-    encoder.train(was_training)
-    all_index = gather(torch.cat(index)).cpu().numpy()
-    all_vectors = gather(torch.cat(vectors)).cpu().numpy()
-    kept = np.flatnonzero(all_index != PADDING)
-    order = kept[np.argsort(all_index[kept], kind="stable")]
-    return all_index[order], all_vectors[order]
+    vectors: list[torch.Tensor] = []
+    index: list[torch.Tensor] = []
+    try:
+        for number, batch in enumerate(loader.epoch(), start=1):
+            images = batch.images
+            with (
+                torch.inference_mode(),
+                torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32),
+            ):
+                vectors.append(encode(encoder, images, symmetries=symmetries))
+            index.append(batch.index)
+            if world is not None:
+                world.beat("a batch that was embedded")
+            if progress is not None:
+                left = int((progress.total or 0) - progress.n)  # the last batch is padded
+                progress.update(min(len(batch.index) * loader.world_size, left))
+            # All ranks take as many steps, so all of them gather at the same ones.
+            if len(index) * len(batch.index) * loader.world_size >= ROWS or number == loader.steps:
+                yield _gathered(index, vectors)
+                index, vectors = [], []
+    finally:
+        encoder.train(was_training)
+
+
+def encode(encoder: Encoder, images: torch.Tensor, *, symmetries: bool) -> torch.Tensor:
+    """Images (batch, 3, size, size) -> unit vectors (batch, dim).
+
+    Args:
+        symmetries: test-time augmentation: the mean over the square's 8 symmetries, brought back to length 1.
+    """
+    views = [images.rot90(quarter, (2, 3)) for quarter in range(4 if symmetries else 1)]
+    views += [view.flip(3) for view in views] if symmetries else []
+    total = sum(encoder(view.contiguous(memory_format=torch.channels_last)) for view in views)
+    assert isinstance(total, torch.Tensor)
+    return F.normalize(total, dim=1) if symmetries else total
+
+
+def _gathered(index: list[torch.Tensor], vectors: list[torch.Tensor]) -> tuple[Indices, NDArray[np.float32]]:
+    """Consecutive batches of this rank -> those of all ranks, in the sampler's order, padding dropped."""
+    all_index, all_vectors = (
+        # (ranks, batches, slots, …): a global batch is its ranks' slices one after the other.
+        gather(torch.stack(rows)[None]).transpose(0, 1).flatten(0, 2).cpu().numpy()
+        for rows in (index, vectors)
+    )
+    kept = all_index != PADDING
+    return all_index[kept], all_vectors[kept]
 
 
 def run(experiment: Experiment, world: World) -> None:
-    """Write RUN/embeddings/SPLIT.parquet for every split."""
+    """Write RUN/embeddings/SPLIT.parquet for every split, unless they are there already."""
     with runfolder.locked(experiment.run.folder, main=world.main):
         _run(experiment, world)
 
@@ -101,43 +153,86 @@ def _run(experiment: Experiment, world: World) -> None:
             f"{experiment.run.folder}: its encoder was trained on another shard set than {shards.folder}; "
             "train again in another run.folder, or give the shard set it was trained on as pack.output"
         )
-    indices = np.arange(len(shards))
+    if broadcast(finished(experiment, shards)):
+        if world.main:
+            print("embeddings: made before by this encoder, of this shard set; nothing to do", flush=True)
+        return
     if world.main:
         runfolder.describe(experiment)
+    order = np.concatenate([shards.split(split) for split in SPLITS])
     with (
-        evaluation_loader(shards, indices, experiment, world) as loader,
-        tqdm(total=len(indices), desc="embed", unit="image", disable=not world.main) as progress,
+        evaluation_loader(shards, order, experiment, world) as loader,
+        tqdm(total=len(order), desc="embed", unit="image", disable=not world.main) as progress,
     ):
-        # In float32, as predict does.
-        index, vectors = embed(encoder, loader, precision=torch.float32, progress=progress, world=world)
-    assert np.array_equal(index, indices), "every sample exactly once"
-    if world.main:
-        for split in SPLITS:
-            write_embeddings(experiment.run.folder, split, _of_split(shards, split, vectors, about))
+        pieces = stream(
+            encoder,
+            loader,
+            precision=torch.float32,  # as predict does
+            symmetries=experiment.embed.symmetries,
+            progress=progress,
+            world=world,
+        )
+        if world.main:
+            meta = {key: about[key] for key in ("encoder_sha256", "shards_sha256", "classes", "positive")}
+            meta["embed"] = experiment.embed.model_dump(mode="json")
+            write_splits(experiment.run.folder, shards, pieces, meta)
+        for _ in pieces:  # every rank takes part to the end
+            pass
 
 
 def finished(experiment: Experiment, shards: ShardSet) -> bool:
-    """Whether the run folder holds this encoder's embeddings of this shard set."""
+    """Whether the run folder holds this encoder's embeddings of this shard set, made as they would be now."""
     folder = experiment.run.folder
     try:
         metas = [read_meta(folder, split) for split in SPLITS]
         encoder = sha256(folder / "encoder.safetensors")
     except (UserError, OSError):
         return False
-    return all(m["encoder_sha256"] == encoder and m["shards_sha256"] == shards.sha256 for m in metas)
+    wanted = (encoder, shards.sha256, experiment.embed.model_dump(mode="json"))
+    return all((m["encoder_sha256"], m["shards_sha256"], m.get("embed")) == wanted for m in metas)
 
 
-def _of_split(
-    shards: ShardSet, split: str, vectors: NDArray[np.float32], about: dict[str, Any]
+def write_splits(
+    folder: Path,
+    shards: ShardSet,
+    pieces: Iterator[tuple[Indices, NDArray[np.float32]]],
+    meta: dict[str, Any],
+) -> None:
+    """Write a stream of all splits' embeddings, one split after the other, to a file each.
+
+    Args:
+        pieces: indices (n,) and vectors (n, dim); together every sample once, in the order of SPLITS.
+    """
+    index, vectors = next(pieces)
+    for split in SPLITS:
+        expected = shards.split(split)
+        with embeddings_writer(folder, split) as write:
+            write(_piece(shards, index[:0], vectors[:0], meta))
+            done = 0
+            while done < len(expected):
+                if not len(index):
+                    index, vectors = next(pieces)
+                count = min(len(index), len(expected) - done)
+                assert np.array_equal(index[:count], expected[done : done + count]), (
+                    "each sample exactly once"
+                )
+                write(_piece(shards, index[:count], vectors[:count], meta))
+                index, vectors, done = index[count:], vectors[count:], done + count
+    assert not len(index), "more than the set holds"
+
+
+def _piece(
+    shards: ShardSet, index: Indices, vectors: NDArray[np.float32], meta: dict[str, Any]
 ) -> Embeddings:
-    index = shards.split(split)
+    rows = shards.samples.drop_columns([*PLACES, *OURS[:-1]]).take(pa.array(index))
     return Embeddings(
         index=index,
         keys=shards.keys[index].tolist(),
         groups=[shards.group_names[code] for code in shards.groups[index]],
         labels=shards.labels[index],
-        vectors=vectors[index],
-        meta={key: about[key] for key in ("encoder_sha256", "shards_sha256", "classes", "positive")},
+        vectors=vectors,
+        meta=meta,
+        metadata={name: rows[name] for name in rows.column_names},
     )
 
 

@@ -1,7 +1,9 @@
 """embeddings/SPLIT.parquet: the embedding of every sample of a split, addressed by its index."""
 
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from configs.errors import UserError
 from shards.files import atomic, read_json
 
 MADE_BY = "moleprint embed CONFIG"
+OURS = ("index", "key", "group", "label", "embedding")
+"""Columns of the file that are not metadata."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class Embeddings:
     vectors: NDArray[np.float32]
     """(n, dim) embeddings."""
     meta: dict[str, Any]
-    """`encoder_sha256`, `shards_sha256`, `classes` (names), `positive` (class index)."""
+    """`encoder_sha256`, `shards_sha256`, `classes` (names), `positive` (class index), `embed` (settings)."""
+    metadata: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)
+    """Column -> (n,) of `samples.parquet`: the packed size, lesion, source, and the source tables' own."""
 
     def group_codes(self) -> NDArray[np.int64]:
         """(n,) the groups as integers from 0, without gaps."""
@@ -45,21 +51,50 @@ def embeddings_path(run: Path, split: str) -> Path:
 
 def write_embeddings(run: Path, split: str, embeddings: Embeddings) -> None:
     """Write one split's embeddings, whole or not at all."""
-    n, dim = embeddings.vectors.shape
-    assert len(np.unique(embeddings.index)) == n, "a sample appears twice"
+    with embeddings_writer(run, split) as write:
+        write(embeddings)
+
+
+@contextlib.contextmanager
+def embeddings_writer(run: Path, split: str) -> Iterator[Callable[[Embeddings], None]]:
+    """A function that takes one split's embeddings piece by piece, each a row group of the file.
+
+    Pieces come in the order of their indices; memory holds one at a time. The file appears, whole, when the
+    block ends without an error. The first piece says what all are made from, and how wide: float16 where its
+    settings say so, else float32.
+    """
+    last = -1
+    with atomic(embeddings_path(run, split)) as file, contextlib.ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+
+        def write(piece: Embeddings) -> None:
+            nonlocal writer, last
+            assert len(np.unique(piece.index)) == len(piece.index), "a sample appears twice"
+            assert not len(piece.index) or piece.index.min() > last, "a piece out of order"
+            last = int(piece.index.max(initial=last))
+            table = _table(piece)
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(file, table.schema))
+            writer.write_table(table, row_group_size=max(1, len(table)))
+
+        yield write
+        assert writer is not None, "a file needs at least one piece, if of no rows"
+
+
+def _table(piece: Embeddings) -> pa.Table:
+    kind = pa.float16() if piece.meta.get("embed", {}).get("dtype") == "float16" else pa.float32()
+    values = piece.vectors.ravel().astype(kind.to_pandas_dtype())
     table = pa.table(
         {
-            "index": pa.array(embeddings.index, pa.int64()),
-            "key": pa.array(embeddings.keys, pa.string()),
-            "group": pa.array(embeddings.groups, pa.string()),
-            "label": pa.array(embeddings.labels, pa.int64()),
-            "embedding": pa.FixedSizeListArray.from_arrays(
-                pa.array(embeddings.vectors.ravel(), pa.float32()), dim
-            ),
+            "index": pa.array(piece.index, pa.int64()),
+            "key": pa.array(piece.keys, pa.string()),
+            "group": pa.array(piece.groups, pa.string()),
+            "label": pa.array(piece.labels, pa.int64()),
+            **{name: column for name, column in piece.metadata.items() if name not in OURS},
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values, kind), piece.vectors.shape[1]),
         }
-    ).replace_schema_metadata({"moleprint": json.dumps(embeddings.meta)})
-    with atomic(embeddings_path(run, split)) as file:
-        pq.write_table(table, file)
+    )
+    return table.replace_schema_metadata({"moleprint": json.dumps(piece.meta)})
 
 
 def read_meta(run: Path, split: str) -> dict[str, Any]:
@@ -82,7 +117,7 @@ def read_meta(run: Path, split: str) -> dict[str, Any]:
 
 
 def read_embeddings(run: Path, split: str) -> Embeddings:
-    """One split's embeddings, in the order of the shard set.
+    """One split's embeddings, in the order of the shard set, float32 however they are kept.
 
     Raises:
         UserError: if the file is missing, damaged, empty, made by another encoder than the run's, or holds
@@ -91,15 +126,17 @@ def read_embeddings(run: Path, split: str) -> Embeddings:
     path, meta = embeddings_path(run, split), read_meta(run, split)
     _refuse_stale(run, meta)
     try:
-        table = pq.read_table(path).sort_by("index")
-        vectors = table["embedding"].combine_chunks()
+        table = pq.read_table(path)
+        order = np.argsort(table["index"].to_numpy(), kind="stable")
+        rows = table.drop_columns(["embedding"]).take(order)
         embeddings = Embeddings(
-            index=table["index"].to_numpy().copy(),
-            keys=table["key"].to_pylist(),
-            groups=table["group"].to_pylist(),
-            labels=table["label"].to_numpy().copy(),
-            vectors=vectors.flatten().to_numpy().copy().reshape(len(table), vectors.type.list_size),
+            index=rows["index"].to_numpy().copy(),
+            keys=rows["key"].to_pylist(),
+            groups=rows["group"].to_pylist(),
+            labels=rows["label"].to_numpy().copy(),
+            vectors=_vectors(table["embedding"])[order],
             meta=meta,
+            metadata={name: rows[name] for name in rows.column_names if name not in OURS},
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error}); make it again with `{MADE_BY}`") from None
@@ -112,6 +149,16 @@ def read_embeddings(run: Path, split: str) -> Embeddings:
             f"train it again with a lower train.lr, then `{MADE_BY}`"
         )
     return embeddings
+
+
+def _vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """(n, dim), copied once whatever the number of chunks."""
+    out = np.empty((len(column), column.type.list_size), np.float32)
+    start = 0
+    for chunk in column.chunks:
+        out[start : start + len(chunk)] = chunk.flatten().to_numpy().reshape(len(chunk), -1)
+        start += len(chunk)
+    return out
 
 
 def _refuse_stale(run: Path, meta: dict[str, Any]) -> None:

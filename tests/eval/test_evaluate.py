@@ -16,7 +16,8 @@ from configs.schema import Experiment
 from eval import evaluate as module
 from eval.evaluate import evaluate, headline
 from eval.plots import read_curves, training_curves
-from train.classifier import fit, load
+from train.classifier import load
+from train.classify import fit
 from train.embeddings import Embeddings, read_embeddings, write_embeddings
 
 META = {"encoder_sha256": "e1", "shards_sha256": "s1", "classes": ["benign", "melanoma"], "positive": 1}
@@ -38,7 +39,11 @@ def make(run: Path, meta=META) -> Experiment:
     for seed, (split, n) in enumerate({"train": 160, "val": 60, "test": 80}.items()):
         write(run, split, n, seed, meta)
     experiment = Experiment.model_validate(
-        {"run": {"folder": run}, "classifier": {"epochs": 5, "hidden": (8,)}, "evaluate": {"bootstrap": 100}}
+        {
+            "run": {"folder": run},
+            "classifier": {"epochs": 5, "hidden": (8,), "folds": 0, "seeds": 2},
+            "evaluate": {"bootstrap": 100},
+        }
     )
     fit(experiment, progress=False)
     return experiment

@@ -12,8 +12,10 @@ from configs.errors import UserError
 from configs.judging import Classifier as Settings
 from configs.schema import Experiment
 from train.calibration import choose_threshold, fit_temperature, nll, softmax
-from train.classifier import finished, fit, load, mlp
+from train.classifier import finished, load
+from train.classify import fit
 from train.embeddings import Embeddings, read_embeddings, write_embeddings
+from train.perceptron import mlp
 
 META = {"encoder_sha256": "e1", "shards_sha256": "s1", "classes": ["benign", "melanoma"], "positive": 1}
 
@@ -28,7 +30,7 @@ def write(run, split, n, seed, meta=META, labels=None, dim=8):
 
 
 def experiment(run: Path, **settings) -> Experiment:
-    settings = {"epochs": 6, "hidden": (16,), "batch": 32, **settings}
+    settings = {"epochs": 6, "hidden": (16,), "batch": 32, "folds": 0, "seeds": 1, **settings}
     return Experiment.model_validate({"run": {"folder": run}, "classifier": settings})
 
 
@@ -78,11 +80,11 @@ def test_thresholds_equal_brute_force(seed):
 
     best = max(round(rates(t)[0] - rates(t)[1], 9) for t in scores)
     youden = max(t for t in scores if round(rates(t)[0] - rates(t)[1], 9) == best)
-    assert choose_threshold(scores, positives, "youden", 0.9) == youden
+    assert choose_threshold(scores, positives, "youden") == youden
     for wanted in (0.0, 0.5, 0.9, 1.0):
         highest = max(t for t in scores if rates(t)[0] >= wanted)
-        assert choose_threshold(scores, positives, "sensitivity", wanted) == highest
-    assert choose_threshold(scores, positives, "half", 0.9) == 0.5
+        assert choose_threshold(scores, positives, "sensitivity", sensitivity=wanted) == highest
+    assert choose_threshold(scores, positives, "half") == 0.5
 
 
 def test_temperature_is_the_best_on_a_fine_grid():
