@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.fields import Count, CountOrAuto, NonNegative, Positive, Section, Seed, Share
+from configs.fields import Count, CountOrAuto, NonNegative, Part, Positive, Section, Seed, Share
 
 
 class Embed(Section):
@@ -89,4 +89,12 @@ class Evaluate(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Coverage of the intervals."""
     seed: Seed = 0
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap, and of the samples that retrieval asks about."""
+    prevalence: Part | None = None
+    """Share of images that are of the positive class where the model is to be used, at which PPV, NPV, the
+    number flagged and net benefit are told; that of the split if not given."""
+    patient_prevalence: Part | None = None
+    """The same of patients."""
+    subgroups: tuple[str, ...] = ("sex", "age", "site", "image_size", "source")
+    """What figures are told by: age (in bands), sex, site, image_size, source, or columns of the shard
+    set."""

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.schema import Experiment
 from eval import plots
-from eval.metrics import Bootstrap, Floats, Ranking, decide, figures
+from eval.compare import group_name, interval
+from eval.judge import judge
+from eval.metrics import Bootstrap, Floats, Ranking, decide
 from shards.files import write_json, write_text, writing
 from shards.shardset import SPLITS
 from train.classifier import Classifier, load
@@ -57,27 +59,21 @@ def evaluate(
     classifier = load(run)
     data = {split: read_embeddings(run, split) for split in SPLITS}
     _check(data, classifier, run)
-    probabilities = {split: classifier.probabilities(data[split].vectors) for split in SPLITS}
     bootstrap = Bootstrap(settings.bootstrap, settings.confidence, settings.seed)
     results = _about(experiment, classifier, notice)
     total = sum(len(d.keys) for d in data.values())
     with tqdm(total=total, unit="image", desc="evaluate", disable=not progress) as bar:
         for split in SPLITS:
-            results[split] = figures(
-                probabilities[split],
-                data[split].labels,
-                data[split].group_codes(),
-                classes=classifier.classes,
-                positive=classifier.positive,
-                threshold=classifier.threshold,
-                bootstrap=bootstrap,
-                group=results["group"],
+            results[split] = judge(
+                data[split], classifier, settings, results["group"], learned_from=split == "train"
             )
             bar.update(len(data[split].keys))
+    test = data["test"]
+    probabilities = classifier.probabilities(test.vectors, test.metadata)
     with _replacing(run / "report") as folder:
         write_json(folder / "metrics.json", results)
-        _write_predictions(folder / "predictions_test.csv", data["test"], probabilities["test"], classifier)
-        pictures = _draw(folder, data, probabilities["test"], classifier, results, bootstrap, run)
+        _write_predictions(folder / "predictions_test.csv", test, probabilities, classifier)
+        pictures = _draw(folder, data, probabilities, classifier, results, bootstrap, run)
         write_text(folder / "report.html", _page(results, pictures))
     if tracker:
         values = {
@@ -93,18 +89,33 @@ def evaluate(
 def headline(results: dict[str, Any]) -> str:
     """The test figures as a few aligned lines for the console."""
     test, positive, classes = results["test"], results["positive"], results["classes"]
-    share = test["class_counts"][positive] / test["images"]
-    size = f"{test['images']:,} images of {test['groups']:,} {results['group']}s, {share:.1%} {positive}"
-    lines = [f"test: {size}; [{results['bootstrap']['confidence']:.0%} interval over {results['group']}s]"]
+    share, group = test["class_counts"][positive] / test["images"], results["group"]
+    size = f"{test['images']:,} images of {test['groups']:,} {group}s, {share:.1%} {positive}"
+    lines = [f"test: {size}; [{results['bootstrap']['confidence']:.0%} interval over {group}s]"]
     chosen = f"at threshold {results['threshold']:.3f}, chosen on validation"
+    asked = results["bootstrap"]["prevalence"]
+    at = f"at {share if asked is None else asked:.1%} {positive}"
     for title, name, remark in (
         ("ROC-AUC", "roc_auc", ""),
         ("PR-AUC", "pr_auc", f"chance {share:.3f}"),
+        ("partial AUC", "partial_auc", "above 80 % sensitivity; at most 0.2"),
         ("accuracy", "accuracy", ""),
         ("sensitivity", "sensitivity", chosen),
         ("specificity", "specificity", chosen),
+        ("PPV", "ppv", at),
+        ("flagged", "flagged_per_found", f"for each {positive} found, {at}"),
+        ("calibration", "calibration_error", "expected error of a probability"),
     ):
         lines.append(f"  {title:<12} {interval(test, name):<21}  {remark}".rstrip())
+    patients, duckling = test["patients"], test["ugly_duckling"]
+    if patients["groups"] < test["images"]:
+        lines.append(f"  of {group}s, by the worst image:")
+        lines.append(
+            f"  {'ROC-AUC':<12} {interval(patients, 'roc_auc'):<21}  {patients['positive']:,} with {positive}"
+        )
+        chance = duckling.get("top_1_by_chance", {}).get("value", 0)
+        remark = f"a {positive} ranks first of its {group}'s images; chance {chance:.3f}"
+        lines.append(f"  {'ugly duckling':<12} {interval(duckling, 'top_1'):<21} {remark}")
 
     width = max(12, *(len(name) + 2 for name in classes))
     head = max(len(name) for name in (*classes, "true / called")) + 2
@@ -118,17 +129,24 @@ def headline(results: dict[str, Any]) -> str:
         values = (test.get(f"{column}.{name}", {}).get("value") for column in columns)
         cells = "".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in values)
         lines.append(f"  {name:<{head}}{cells}{test['class_counts'][name]:>12,}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_beside(results)])
 
 
-def interval(split: dict[str, Any], name: str) -> str:
-    """`0.912 [0.880, 0.940]`, or why there is no interval, or why the figure is undefined."""
-    if name in split["undefined"]:
-        return f"undefined: {split['undefined'][name]}"
-    figure = split[name]
-    if f"{name}.interval" in split["undefined"]:
-        return f"{figure['value']:.3f}, no interval: {split['undefined'][f'{name}.interval']}"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+def _beside(results: dict[str, Any]) -> list[str]:
+    """The models beside the verdict's, and how far they are apart."""
+    test, name = results["test"], results["model"]
+    lines = [f"  {'ROC-AUC':<22}{'':<23}{name} less this model"]
+    lines.append(f"  {name:<22}{interval(test, 'roc_auc'):<23}gives the verdict")
+    for other, its in test["models"].items():
+        apart = interval(its["difference"], "roc_auc")
+        p = its["difference"].get("delong", {}).get("p")
+        remark = "" if p is None else f"  DeLong p {p:.2g}"
+        lines.append(f"  {other:<22}{interval(its, 'roc_auc'):<23}{apart}{remark}")
+    seeds = test["seeds"].get("roc_auc")
+    if seeds and seeds["sd"] is not None:
+        title = f"mlp, {len(seeds['values'])} seeds"
+        lines.append(f"  {title:<22}{seeds['mean']:.3f} ± {seeds['sd']:.3f} (sd)")
+    return lines
 
 
 def _about(experiment: Experiment, classifier: Classifier, notice: str) -> dict[str, Any]:
@@ -137,9 +155,10 @@ def _about(experiment: Experiment, classifier: Classifier, notice: str) -> dict[
         "classes": classifier.classes,
         "positive": classifier.classes[classifier.positive],
         "threshold": classifier.threshold,
+        "model": classifier.name,
         "threshold_rule": classifier.made_from["settings"]["threshold"],
         "temperature": classifier.temperature,
-        "group": experiment.pack.group_column.removesuffix("_id").replace("_", " "),
+        "group": group_name(experiment),
         "bootstrap": experiment.evaluate.model_dump(mode="json"),
         "classifier_sha256": classifier.sha256,
         "encoder_sha256": classifier.made_from["encoder_sha256"],
@@ -151,8 +170,12 @@ def _about(experiment: Experiment, classifier: Classifier, notice: str) -> dict[
 def _check(data: dict[str, Embeddings], classifier: Classifier, run: Path) -> None:
     """Everything belongs together, and no group lies in two splits."""
     for split, embeddings in data.items():
-        for key, thing in (("encoder_sha256", "encoder"), ("shards_sha256", "shard set")):
-            if embeddings.meta[key] != classifier.made_from[key]:
+        for key, thing in (
+            ("encoder_sha256", "encoder"),
+            ("shards_sha256", "shard set"),
+            ("embed", "way of embedding"),
+        ):
+            if embeddings.meta.get(key) != classifier.made_from[key]:
                 raise UserError(
                     f"{embeddings_path(run, split)}: made from another {thing} than the classifier; "
                     "run `moleprint embed CONFIG`, then `moleprint classify CONFIG`"

@@ -1,16 +1,15 @@
 """Figures with honest intervals: every one from the same bootstrap of whole groups.
 
-Shapes: n samples, G groups, C classes, K distinct scores, b resamples. A resample is its multiplicities
-(b, G): how often each group was drawn. All ones are the data themselves, so value and interval come from
-the same code, and no sample is ever copied.
+Shapes: n samples, G groups, C classes, K distinct scores, L of positives, b resamples. A resample is its
+multiplicities (b, G): how often each group was drawn. All ones are the data themselves, so value and
+interval come from the same code, and no sample is ever copied.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -18,6 +17,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 BOOTSTRAP = 0  # purpose of randomness
+ROUNDING = 1e-9  # 1 - 0.9 is a little more or less than 0.1
 CELLS = 4_000_000  # numbers in the largest temporary of a chunk of resamples: 32 MB
 
 
@@ -72,17 +72,87 @@ class Ranking:
         return caught, flagged - caught
 
 
-def roc_auc(caught: Floats, alarms: Floats) -> Floats:
-    """Area under the ROC curve by trapezoids, (b, K), (b, K) -> (b,); nan where a kind is missing."""
-    height = caught - np.diff(caught, prepend=0) / 2
-    area = (np.diff(alarms, prepend=0) * height).sum(axis=1)
-    return ratio(area, caught[:, -1] * alarms[:, -1])
+class Curve:
+    """ROC and precision-recall curves by the points where they rise: the L distinct scores of positives.
+
+    Nothing is lost: between two of them only false positives change, and a curve is a straight line. A
+    resample costs as many additions as there are samples, and little memory where positives are rare.
+    """
+
+    def __init__(self, scores: Floats, positives: Bools, groups: Ints, count: int) -> None:
+        """scores, positives, groups: (n,); count: G."""
+        levels = -np.unique(-scores[positives])  # highest first
+        exact = np.searchsorted(-levels, -scores)  # level at or just below a score
+        tied = np.append(levels, np.nan)[exact] == scores
+        # Cells: above level 0, at level 0, between 0 and 1, at level 1, …, below all.
+        self._negatives = _counts(2 * exact + tied, ~positives, groups, (2 * len(levels) + 1, count))
+        self._positives = _counts(exact, positives, groups, (len(levels) + 1, count))
+
+    def under(self, multiplicity: Floats) -> "Points":
+        """Multiplicities (b, G) -> the curve of each resample."""
+        draws = np.ascontiguousarray(multiplicity.T)
+        negatives = np.cumsum(self._negatives @ draws, axis=0)
+        caught = np.cumsum(self._positives @ draws, axis=0)
+        return Points(caught[:-1], negatives[:-1:2], negatives[1::2], caught[-1], negatives[-1])
 
 
-def average_precision(caught: Floats, alarms: Floats) -> Floats:
-    """Area under the precision-recall steps, sum of (R_k - R_k-1) P_k, as scikit-learn; (b, K) x2 -> (b,)."""
-    precision = caught / np.maximum(caught + alarms, np.finfo(float).tiny)
-    return ratio((np.diff(caught, prepend=0) * precision).sum(axis=1), caught[:, -1])
+@dataclass(frozen=True)
+class Points:
+    """Curves of b resamples, from the highest score down; ties are taken together."""
+
+    caught: Floats
+    """(L, b) true positives at each level."""
+    above: Floats
+    """(L, b) false positives above it."""
+    alarms: Floats
+    """(L, b) false positives at it."""
+    positives: Floats
+    """(b,) all there are."""
+    negatives: Floats
+    """(b,) all there are."""
+
+    def roc_auc(self) -> Floats:
+        """(b,) area under the ROC curve by trapezoids; nan where a kind is missing."""
+        height = self.negatives - (self.above + self.alarms) / 2
+        return ratio((self._risen * height).sum(axis=0), self.positives * self.negatives)
+
+    def average_precision(self) -> Floats:
+        """(b,) area under the precision-recall steps, sum of (R_k - R_k-1) P_k, as scikit-learn."""
+        precision = self.caught / np.maximum(self.caught + self.alarms, np.finfo(float).tiny)
+        return ratio((self._risen * precision).sum(axis=0), self.positives)
+
+    def partial_auc(self, sensitivity: float) -> Floats:
+        """(b,) area between the ROC curve and a sensitivity, 0 ... 1 - sensitivity.
+
+        With 0.8 the metric of ISIC 2024 (Kurtansky et al. 2024, "The SLICE-3D dataset"; Kaggle's
+        `pAUC-aboveTPR`).
+        """
+        end = ratio(self.caught, self.positives)
+        start = end - ratio(self._risen, self.positives)
+        first = np.maximum(start, sensitivity)
+        part = np.maximum(end - first, 0)
+        share = np.clip(ratio(first - start, end - start), 0, 1)
+        left, right = ratio(self.above, self.negatives), ratio(self.alarms, self.negatives)
+        height = 1 - (left + np.nan_to_num(share) * (right - left) + right) / 2
+        area: Floats = (part * height).sum(axis=0)
+        return area
+
+    def sensitivity_at(self, specificity: float) -> Floats:
+        """(b,) the highest sensitivity of a threshold that keeps a specificity; 0 where none does."""
+        kept = self.alarms <= (1 - specificity + ROUNDING) * self.negatives
+        best = np.where(kept, self.caught, 0).max(axis=0, initial=0)
+        return np.where(self.negatives > 0, ratio(best, self.positives), np.nan)
+
+    def specificity_at(self, sensitivity: float) -> Floats:
+        """(b,) the highest specificity of a threshold that reaches a sensitivity."""
+        reached = self.caught >= (sensitivity - ROUNDING) * self.positives
+        least = np.where(reached, self.alarms, np.inf).min(axis=0, initial=np.inf)
+        spared = np.where(self.positives > 0, self.negatives - least, np.nan)
+        return ratio(spared, self.negatives)
+
+    @property
+    def _risen(self) -> Floats:
+        return np.diff(self.caught, prepend=0, axis=0)
 
 
 def ratio(above: Floats, below: Floats) -> Floats:
@@ -109,139 +179,6 @@ def confusion_matrix(labels: Ints, called: Ints, classes: int) -> Ints:
     return counts.reshape(classes, classes)
 
 
-def figures(
-    probabilities: Floats,
-    labels: Ints,
-    groups: Ints,
-    *,
-    classes: Sequence[str],
-    positive: int,
-    threshold: float,
-    bootstrap: Bootstrap,
-    group: str = "group",
-) -> dict[str, Any]:
-    """Every figure of one split, ready for JSON.
-
-    Args:
-        probabilities: (n, C).
-        labels: (n,) class indices.
-        groups: (n,) group codes from 0 without gaps; groups are drawn whole.
-        classes: the C names; `precision.NAME`, `recall.NAME`, `f1.NAME` are each class against the rest.
-        positive: index of the class that the other figures are about.
-        threshold: it is called where its probability reaches this.
-        bootstrap: draws, coverage and seed of the intervals.
-        group: what a group is, such as `patient`, for the reasons in `undefined`.
-
-    Returns:
-        name -> {"value", "low", "high"}; counts: `images`, `groups`, `class_counts`, `confusion_matrix`;
-        `undefined`: name -> why a figure is left out, `NAME.interval` -> why its low and high are None;
-        `undefined_draws`: name -> draws its interval lacks.
-    """
-    evaluated = _Evaluated(probabilities, labels, groups, len(classes), positive, threshold)
-    chunks = defaultdict(list)
-    for multiplicity in bootstrap.resamples(groups):
-        for name, values in evaluated.under(multiplicity, classes).items():
-            chunks[name].append(values)
-    rows: dict[str, Any] = {}
-    undefined, undefined_draws = evaluated.undefined(classes, group), {}
-    for name, parts in chunks.items():
-        if name in undefined:
-            continue
-        value, drawn = parts[0][0], np.concatenate(parts[1:])
-        rows[name] = {"value": float(value), "low": None, "high": None}
-        missing = int(np.isnan(drawn).sum())
-        if missing == len(drawn):
-            undefined.setdefault(f"{name}.interval", "no draw defines it")
-        if f"{name}.interval" in undefined:
-            continue
-        low, high = bootstrap.interval(drawn)
-        rows[name] |= {"low": float(low), "high": float(high)}
-        if missing:
-            undefined_draws[name] = missing
-    counts = np.bincount(labels, minlength=len(classes)).tolist()
-    called = decide(probabilities, positive, threshold)
-    return rows | {
-        "images": len(labels),
-        "groups": int(groups.max()) + 1,
-        "class_counts": dict(zip(classes, counts, strict=True)),
-        "confusion_matrix": confusion_matrix(labels, called, len(classes)).tolist(),
-        "undefined": undefined,
-        "undefined_draws": undefined_draws,
-    }
-
-
-class _Evaluated:
-    """One split reduced to sums per group, so that a resample costs matrix products and one ranking."""
-
-    def __init__(
-        self, probabilities: Floats, labels: Ints, groups: Ints, classes: int, positive: int, threshold: float
-    ) -> None:
-        scores, positives = probabilities[:, positive], labels == positive
-        self.positive = positive
-        self.ranking = Ranking(scores, positives, groups)
-        called = decide(probabilities, positive, threshold)
-        self.confusion = _sums(groups, labels * classes + called, classes**2)  # (G, C * C)
-        self.squares = np.bincount(groups, (scores - positives) ** 2)  # (G,)
-
-    def under(self, multiplicity: Floats, classes: Sequence[str]) -> dict[str, Floats]:
-        """name -> (b,) values for multiplicities (b, G)."""
-        b, c, positive = len(multiplicity), len(classes), self.positive
-        confusion = (multiplicity @ self.confusion).reshape(b, c, c)
-        right, true, called = (np.einsum(p, confusion) for p in ("bii->bi", "bij->bi", "bij->bj"))
-        negatives = true.sum(axis=1) - true[:, positive]
-        alarms = called[:, positive] - right[:, positive]
-        recall, precision, f1 = ratio(right, true), ratio(right, called), ratio(2 * right, true + called)
-        curve = self.ranking.counts(multiplicity)
-        values = {
-            "roc_auc": roc_auc(*curve),
-            "pr_auc": average_precision(*curve),
-            "accuracy": ratio(right.sum(axis=1), true.sum(axis=1)),
-            "balanced_accuracy": recall.mean(axis=1),
-            "sensitivity": recall[:, positive],
-            "specificity": ratio(negatives - alarms, negatives),
-            "brier": ratio(multiplicity @ self.squares, true.sum(axis=1)),
-        }
-        for i, name in enumerate(classes):
-            values |= {f"precision.{name}": precision[:, i], f"recall.{name}": recall[:, i]}
-            values[f"f1.{name}"] = f1[:, i]
-        return values
-
-    def undefined(self, classes: Sequence[str], group: str) -> dict[str, str]:
-        """name -> why it has no value; `NAME.interval` -> why it has no interval.
-
-        A figure divides by a count of some images. Where no group holds such images, it has no value. Where
-        one group holds them all, draws of groups repeat that group or lack it, and cannot tell how far the
-        figure would move with other groups.
-        """
-        confusion = self.confusion.reshape(-1, len(classes), len(classes))
-        true, called = confusion.any(axis=2), confusion.any(axis=1)  # (G, C) whether a group has such images
-        others = np.delete(true, self.positive, axis=1).any(axis=1)
-        everyone = (len(confusion), "")
-        of, calls, either = (
-            [(n, f" with images {what} {name}") for n, name in zip(has.sum(axis=0), classes, strict=True)]
-            for what, has in (("of", true), ("called", called), ("of or called", true | called))
-        )
-        positives = of[self.positive]
-        negatives = (others.sum(), f" with images that are not {classes[self.positive]}")
-        needs = {
-            "roc_auc": [positives, negatives],
-            "pr_auc": [positives],
-            "accuracy": [],
-            "balanced_accuracy": of,
-            "sensitivity": [positives],
-            "specificity": [negatives],
-            "brier": [],
-        }
-        for i, name in enumerate(classes):
-            needs |= {f"precision.{name}": [calls[i]], f"recall.{name}": [of[i]], f"f1.{name}": [either[i]]}
-        reasons = {}
-        for name, needed in needs.items():
-            count, what = min([everyone, *needed])
-            if count < 2:
-                reasons[f"{name}.interval" if count else name] = f"{('no', 'one')[count]} {group}{what}"
-        return reasons
-
-
 def roc_band(ranking: Ranking, groups: Ints, bootstrap: Bootstrap) -> tuple[Floats, Floats, Floats]:
     """Pointwise interval of the ROC curve: false positive rates (201,), low and high sensitivity (201,)."""
     grid, curves = np.linspace(0, 1, 201), []
@@ -261,11 +198,10 @@ def reliability(
 
     The interval of a bin that a single group fills is nan.
     """
-    edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1]))
-    where = np.unique(np.searchsorted(edges, scores, side="right"), return_inverse=True)[1]
+    where = quantile_bins(scores, bins)
     used = int(where.max()) + 1
-    sizes = _sums(groups, where, used)
-    hits = _sums(groups[positives], where[positives], used, rows=len(sizes))
+    sizes = sums(groups, where, used)
+    hits = sums(groups[positives], where[positives], used, rows=len(sizes))
     shares = np.concatenate([ratio(m @ hits, m @ sizes) for m in bootstrap.resamples(groups)])
     mean = np.bincount(where, scores) / np.bincount(where)
     lone = np.count_nonzero(sizes, axis=0) < 2
@@ -273,7 +209,19 @@ def reliability(
     return mean, shares[0], low, high
 
 
-def _sums(groups: Ints, cells: Ints, width: int, rows: int = 0) -> Floats:
+def quantile_bins(scores: Floats, bins: int) -> Ints:
+    """Bin (n,) of each score, from 0 without gaps, about as many samples in each."""
+    edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1]))
+    return np.unique(np.searchsorted(edges, scores, side="right"), return_inverse=True)[1].astype(np.int64)
+
+
+def sums(groups: Ints, cells: Ints, width: int, rows: int = 0) -> Floats:
     """Count of each (group, cell): (n,), (n,) -> (rows or G, width)."""
     rows = rows or int(groups.max()) + 1
     return np.bincount(groups * width + cells, minlength=rows * width).reshape(rows, width).astype(float)
+
+
+def _counts(rows: Ints, chosen: Bools, groups: Ints, shape: tuple[int, int]) -> "scipy.sparse.csr_array":
+    """How many of the chosen samples each (row, group) has."""
+    ones = np.ones(int(chosen.sum()))
+    return scipy.sparse.csr_array((ones, (rows[chosen], groups[chosen])), shape=shape)

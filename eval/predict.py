@@ -20,6 +20,7 @@ from shards.encode import Encoded, encode
 from shards.files import write_text, writing
 from shards.images import SUFFIXES
 from train import classifier
+from train.embed import encode as encode_images
 from train.runfolder import load_encoder
 
 BATCH = 32
@@ -65,7 +66,7 @@ def predict(run: Path, images: Sequence[Path], *, progress: bool = True) -> list
     for start in tqdm(range(0, len(files), BATCH), desc="predict", unit="batch", disable=not progress):
         (batch,) = pipeline.run()
         with torch.inference_mode():
-            out = encoder(graph.tensor(batch)).cpu().numpy()
+            out = encode_images(encoder, graph.tensor(batch), symmetries=verdict.symmetries).cpu().numpy()
         vectors[start : start + BATCH] = out[: len(files) - start]
     probabilities = verdict.probabilities(vectors)
     called = decide(probabilities, verdict.positive, verdict.threshold)

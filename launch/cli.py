@@ -32,7 +32,7 @@ STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str
     "classify": (
         stages.classify,
         ("classifier", "tracking", "run"),
-        "train the classifier on the embeddings",
+        "fit the classifier and its baselines on the embeddings",
     ),
     "evaluate": (stages.evaluate, ("pack", "evaluate", "tracking", "run"), "write the report"),
     "run": (stages.run_all, tuple(Experiment.model_fields), "all stages, skipping what is finished"),
@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, metavar="FILE", help="CSV to write; printed if not given")
     verb.set_defaults(action=_predict)
 
+    verb = add("compare", "two runs on the test set they have in common: paired bootstrap and DeLong")
+    verb.add_argument("first", type=Path, metavar="RUN_A", help="run folder, embedded and classified")
+    verb.add_argument("second", type=Path, metavar="RUN_B", help="another, of the same test images")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="all figures, for machines")
+    verb.set_defaults(action=_compare)
+
     verb = add("doctor", "check this machine")
     verb.set_defaults(action=_doctor)
 
@@ -177,6 +183,16 @@ def _predict(options: argparse.Namespace) -> None:
 
     check_output(options.output)
     write(predict(options.run, options.images), options.output)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from eval.compare import compare, said
+    from shards.files import write_json
+
+    results = compare(options.first, options.second)
+    if options.json:
+        write_json(options.json, results)
+    print("\n".join(said(results)))
 
 
 def _doctor(options: argparse.Namespace) -> None:

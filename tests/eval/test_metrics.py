@@ -4,19 +4,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
-from eval.metrics import (
-    Bootstrap,
-    Ranking,
-    average_precision,
-    confusion_matrix,
-    decide,
-    figures,
-    reliability,
-    roc_auc,
-    roc_band,
-)
+from eval.figures import figures
+from eval.metrics import Bootstrap, Curve, Ranking, confusion_matrix, decide, reliability, roc_band
 
 CLASSES = ["benign", "melanoma"]
+SENSITIVITY, SPECIFICITY = "sensitivity_at_specificity", "specificity_at_sensitivity"
 FEW = Bootstrap(draws=200, confidence=0.95, seed=0)
 
 
@@ -38,11 +30,13 @@ def test_areas_equal_scikit_learn_with_and_without_weights(seed, ties):
     probabilities, labels, _ = case(seed, ties=ties)
     scores, positives = probabilities[:, 1], labels == 1
     weights = np.stack([np.ones(len(labels)), np.random.default_rng(seed).integers(0, 4, len(labels))])
-    curve = Ranking(scores, positives, np.arange(len(labels))).counts(weights)
+    points = Curve(scores, positives, np.arange(len(labels)), len(labels)).under(weights)
     for row, w in enumerate(weights):
-        assert roc_auc(*curve)[row] == pytest.approx(oracle.roc_auc_score(positives, scores, sample_weight=w))
+        assert points.roc_auc()[row] == pytest.approx(
+            oracle.roc_auc_score(positives, scores, sample_weight=w)
+        )
         expected = oracle.average_precision_score(positives, scores, sample_weight=w)
-        assert average_precision(*curve)[row] == pytest.approx(expected)
+        assert points.average_precision()[row] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("classes", "seed"), [(2, 0), (2, 1), (3, 2), (5, 3)])
@@ -173,7 +167,11 @@ def test_one_group_makes_no_interval():
     settings = {"classes": CLASSES, "positive": 1, "threshold": 0.5, "bootstrap": FEW, "group": "patient"}
     found = figures(probabilities, labels, groups, **settings)
     lone = {name.removesuffix(".interval") for name in found["undefined"]}
-    assert lone == {"roc_auc", "pr_auc", "balanced_accuracy", "sensitivity", "recall.melanoma"}
+    fixed = [f"{name}_0.{at}" for name in (SENSITIVITY, SPECIFICITY) for at in ("8", "9", "95")]
+    assert lone == {
+        *("roc_auc", "pr_auc", "partial_auc", "sensitivity", "flagged_per_found", *fixed),
+        *("balanced_accuracy", "recall.melanoma"),
+    }
     for name in lone:
         assert found[name]["low"] is found[name]["high"] is None and found[name]["value"] > 0
         assert found["undefined"][f"{name}.interval"] == "one patient with images of melanoma"

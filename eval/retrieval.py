@@ -1,0 +1,100 @@
+"""Retrieval: are a sample's nearest neighbours of its own class? By cosine, the sample itself left out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+FIRST = (1, 5, 10)
+"""k of recall@k."""
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def retrieval(
+    vectors: NDArray[np.float32], labels: Ints, *, queries: Ints | None = None, chunk: int = 4096
+) -> dict[str, float]:
+    """Mean over the queries of what `per_query` gives; those without another sample of their class are left
+    out."""
+    return {
+        name: float(np.nanmean(values))
+        for name, values in per_query(vectors, labels, queries=queries, chunk=chunk).items()
+    }
+
+
+def per_query(
+    vectors: NDArray[np.float32],
+    labels: Ints,
+    *,
+    queries: Ints | None = None,
+    groups: Ints | None = None,
+    chunk: int = 4096,
+) -> dict[str, Floats]:
+    """Each query's retrieval among all samples.
+
+    recall@k is 1 where one of the k nearest is of the query's class; MAP@R is the mean, over the R nearest,
+    R being the number of others of its class, of the precision up to each that is of it (Musgrave et al.
+    2020, "A Metric Learning Reality Check").
+
+    Args:
+        vectors: (n, dim), of length 1.
+        labels: (n,) class indices.
+        queries: rows (q,) to ask about; None: all.
+        groups: (n,) patients; a query's own are passed over, who share skin and camera. None: none are.
+        chunk: queries at a time; memory holds chunk × n numbers.
+
+    Returns:
+        `recall_at_K`, `map_at_r`: (q,), nan where no other sample is of the class.
+    """
+    rows = np.arange(len(labels)) if queries is None else queries
+    known, classes = torch.from_numpy(vectors), torch.from_numpy(labels)
+    owners = torch.arange(len(labels)) if groups is None else torch.from_numpy(groups)
+    parts = [_chunk(known, classes, owners, torch.from_numpy(part)) for part in _split(rows, chunk)]
+    names = [*(f"recall_at_{k}" for k in FIRST), "map_at_r"]
+    return dict(zip(names, np.concatenate(parts, axis=1), strict=True))
+
+
+def _split(rows: Ints, chunk: int) -> Sequence[Ints]:
+    return [rows[start : start + chunk] for start in range(0, max(len(rows), 1), chunk)]
+
+
+def _chunk(known: torch.Tensor, classes: torch.Tensor, owners: torch.Tensor, rows: torch.Tensor) -> Floats:
+    """(figures, q)."""
+    cosines = known[rows] @ known.T
+    cosines.masked_fill_(owners[rows, None] == owners, -torch.inf)
+    order = cosines.argsort(dim=1, descending=True, stable=True)
+    own = cosines.gather(1, order) == -torch.inf
+    right = (classes[order] == classes[rows, None]) & ~own
+    total = right.sum(dim=1)
+    seen = torch.arange(1, len(known) + 1)
+    precise = right.cumsum(dim=1) / seen
+    precise.masked_fill_(~right | (seen > total[:, None]), 0)
+    figures = [right[:, :k].any(dim=1).double() for k in FIRST] + [precise.double().sum(dim=1) / total]
+    found = torch.stack(figures)
+    found[:, total == 0] = torch.nan
+    return np.asarray(found.numpy())
+
+
+def silhouette(vectors: NDArray[np.float32], labels: Ints) -> Floats:
+    """(n,) silhouette of each sample by cosine distance (Rousseeuw 1987); 0 for one that is alone in its
+    class.
+
+    The mean cosine distance of unit vectors to a class is 1 - their product with its mean: no pair is looked
+    at.
+    """
+    present, codes = np.unique(labels, return_inverse=True)
+    if len(present) < 2:
+        return np.full(len(labels), np.nan)
+    sums = np.stack([vectors[codes == code].sum(axis=0, dtype=np.float64) for code in range(len(present))])
+    counts = np.bincount(codes)
+    products = vectors.astype(np.float64) @ sums.T  # (n, classes)
+    rows = np.arange(len(labels))
+    size = counts[codes]
+    squares = (vectors.astype(np.float64) ** 2).sum(axis=1)
+    within = 1 - (products[rows, codes] - squares) / np.maximum(size - 1, 1)
+    outside = 1 - products / counts
+    outside[rows, codes] = np.inf
+    nearest = outside.min(axis=1)
+    found = (nearest - within) / np.maximum(np.maximum(nearest, within), np.finfo(float).tiny)
+    return np.asarray(np.where(size > 1, found, 0.0))
