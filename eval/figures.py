@@ -182,7 +182,7 @@ class Detection:
             "specificity": [negatives],
             "ppv": [called, *kinds],
             "npv": [others, *kinds],
-            "flagged_per_found": [found, *kinds],
+            "flagged_per_found": [positives, found, *kinds],
             "brier": [],
             "calibration_error": [],
             "roc_auc": [positives, negatives],
