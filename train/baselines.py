@@ -4,25 +4,27 @@ scikit-learn fits them; what is kept of them are arrays. Each gives logits (n, c
 is calibrated as it is.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from train.perceptron import Examples, Floats, Ints
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Inverse strengths of logistic regression's L2 penalty that cross-validation chooses among."""
+PENALTIES = (1.0, 0.1, 0.01)
+"""Weights of logistic regression's L2 penalty, beside the mean loss, that cross-validation chooses among."""
 NEIGHBOURS = (10, 30, 100)
 """Numbers of neighbours that it chooses among."""
 NEVER = -30.0  # logit of a class that was not met: a probability of 1e-13
 HEAT = 0.07  # temperature of the neighbours' votes
-ITERATIONS = 300
+ITERATIONS = 100
 
 
 class Model(Protocol):
@@ -45,7 +47,7 @@ class Linear:
     def fit(
         cls, examples: Examples, classes: int, penalties: Sequence[float], *, weighted: bool
     ) -> "list[Linear]":
-        """One for each inverse penalty strength, from the strongest penalty on.
+        """One for each penalty, each from where the one before ended.
 
         Args:
             weighted: weigh classes by inverse frequency.
@@ -57,7 +59,9 @@ class Linear:
         )
         found = []
         for penalty in penalties:
-            model.set_params(C=penalty).fit(inputs, examples.labels)
+            with warnings.catch_warnings():  # stopped after ITERATIONS, it is penalised a little more
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, examples.labels)
             coefficients, intercept = model.coef_, model.intercept_
             if len(model.classes_) == 2:  # one row, of the second class against the first
                 coefficients = np.concatenate([-coefficients / 2, coefficients / 2])

@@ -167,7 +167,7 @@ class Logistic(Family):
     """Logistic regression."""
 
     name = "logistic_regression"
-    grid = tuple({"C": penalty} for penalty in PENALTIES)
+    grid = tuple({"l2": penalty} for penalty in PENALTIES)
 
     def fit(self, train: Samples, val: Samples, grid: Sequence[dict[str, Any]]) -> Iterator[Fitted]:
         """One for each penalty."""
@@ -176,7 +176,7 @@ class Logistic(Family):
         if settings.imbalance == "undersampling":
             examples = examples.take(perceptron.undersample(train.labels, seed=settings.seed, member=0))
         weighted = settings.imbalance in ("weights", "sampling")  # of which sampling is a noisy form
-        for model in Linear.fit(examples, self.classes, [point["C"] for point in grid], weighted=weighted):
+        for model in Linear.fit(examples, self.classes, [point["l2"] for point in grid], weighted=weighted):
             yield Fitted(model, inputs, weights)
 
 

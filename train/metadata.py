@@ -83,7 +83,10 @@ class Inputs:
 
     def describe(self) -> list[dict[str, Any]]:
         """For a JSON file."""
-        return [dict(vars(field)) for field in self.fields]
+        return [
+            {key: list(value) if isinstance(value, tuple) else value for key, value in vars(field).items()}
+            for field in self.fields
+        ]
 
     @classmethod
     def of(cls, described: Sequence[Mapping[str, Any]]) -> "Inputs":
@@ -117,7 +120,9 @@ def is_number(metadata: Metadata, name: str) -> bool:
 def _fit(metadata: Metadata, name: str) -> Number | Category:
     values = read(metadata, name)
     if values is None:
-        has = ", ".join([*(role for role in ROLES if read(metadata, role)), *metadata]) or "none"
+        has = (
+            ", ".join(dict.fromkeys([*(role for role in ROLES if read(metadata, role)), *metadata])) or "none"
+        )
         raise UserError(f"classifier.metadata: no column tells '{name}'; the shard set has: {has}")
     known = [value for value in values if value is not None]
     if not is_number(metadata, name):
