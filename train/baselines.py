@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from train.perceptron import Examples, Floats, Ints
 
@@ -59,8 +60,11 @@ class Linear:
         )
         found = []
         for penalty in penalties:
-            with warnings.catch_warnings():  # stopped after ITERATIONS, it is penalised a little more
-                warnings.simplefilter("ignore", ConvergenceWarning)
+            # One thread: products this small gain little by more, and on a busy machine wait for the slowest.
+            with threadpool_limits(limits=1), warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", ConvergenceWarning
+                )  # ended early, it is penalised a little more
                 model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, examples.labels)
             coefficients, intercept = model.coef_, model.intercept_
             if len(model.classes_) == 2:  # one row, of the second class against the first
