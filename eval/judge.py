@@ -12,10 +12,10 @@ from eval.curves import decision_curve, reliability_rows
 from eval.figures import Detection, Means, estimate, figures
 from eval.metrics import Bools, Bootstrap, Floats, Ints
 from eval.patients import by_patient, ugly_duckling
+from eval.retrieval import per_query, silhouette
 from eval.subgroups import subgroups
 from train.classifier import Calibrated, Classifier
 from train.embeddings import Embeddings
-from eval.retrieval import per_query, silhouette
 
 QUERIES = 1000
 """Samples of each class that retrieval asks about."""
