@@ -7,8 +7,8 @@ No operator draws random numbers; every parameter comes in as a tensor from the 
 draw costs it nothing: DALI's conditionals pass it by.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import tee
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,15 +64,19 @@ def build(
     mean255, std255 = 255 * np.array(mean, np.float32), 255 * np.array(std, np.float32)
 
     # DALI asks for images and for parameters apart, as they may lie on different devices.
-    images_of, parameters_of = tee(_endless(source))
+    data: deque[Any] = deque()
+    parameters: deque[Any] = deque()
 
-    @do_not_convert  # type: ignore[untyped-decorator] # or conditionals rewrite all that the source calls
-    def images_given() -> Any:
-        return next(images_of)[0]
+    def part(waiting: deque[Any]) -> Callable[[], Any]:
+        @do_not_convert  # type: ignore[untyped-decorator] # or conditionals rewrite all that the source calls
+        def given() -> Any:
+            if not waiting:
+                encoded, *others = source()
+                data.append(encoded)
+                parameters.append(tuple(others[:wanted]))  # DALI warns of inputs that nothing reads
+            return waiting.popleft()
 
-    @do_not_convert  # type: ignore[untyped-decorator]
-    def parameters_given() -> Any:
-        return next(parameters_of)[1 : 1 + wanted]  # DALI warns of inputs that nothing reads
+        return given  # type: ignore[no-any-return]
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=batch,
@@ -84,7 +88,7 @@ def build(
     )
     def graph() -> Any:
         given = fn.external_source(
-            images_given,
+            part(data),
             device="gpu" if resident and gpu is not None else "cpu",
             batch=True,
             dtype=types.UINT8,
@@ -94,7 +98,7 @@ def build(
             no_copy=decoded,
         )
         matrix, colour, *rest = fn.external_source(
-            parameters_given,
+            part(parameters),
             num_outputs=wanted,
             batch=True,
             dtype=types.FLOAT,
@@ -139,11 +143,6 @@ def tensor(
     # The fused pass hands out a half type's bits as integers.
     given = given.view(wanted) if given.dtype == torch.int16 else given.to(wanted)
     return given.permute(0, 3, 1, 2) if channels_last else given
-
-
-def _endless(source: Callable[[], Inputs]) -> Iterator[Inputs]:
-    while True:
-        yield source()
 
 
 def _pixels(given: Any, decoded: bool, resident: bool, gpu: int | None) -> Any:
