@@ -171,13 +171,19 @@ def _compete(
     with closing(open_set()) as batches:
         next(batches)
         _finish(device)
-        pipe.send(perf_counter() - began)
-        while True:
-            try:
-                pipe.recv()
-            except EOFError:
-                return
-            pipe.send(_turn(batches, device, warm_up, seconds))
+        answer: Any = perf_counter() - began
+        while _asked_again(pipe, answer):
+            answer = _turn(batches, device, warm_up, seconds)
+
+
+def _asked_again(pipe: Connection, answer: Any) -> bool:
+    """Give an answer and wait for the next word; none comes where the first process has ended the race."""
+    try:
+        pipe.send(answer)
+        pipe.recv()
+    except (EOFError, OSError):
+        return False
+    return True
 
 
 def _turn(batches: Batches, device: torch.device, warm_up: float, seconds: float) -> tuple[float, float]:

@@ -38,6 +38,13 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
 
 
+def none_left() -> bool:
+    """Whether all processes that a test started end of themselves."""
+    for child in multiprocessing.active_children():
+        child.join(60)
+    return not multiprocessing.active_children()
+
+
 def experiment(shards: ShardSet, **loader: Any) -> Experiment:
     return Experiment.model_validate(
         {"pack": {"output": shards.folder}, "loader": {"global_batch": 8, "size": 32, **loader}}
@@ -67,7 +74,7 @@ def test_the_reference_loads_the_same_images_in_the_same_order(tiny_shards: Shar
                 apart = (images[:, None] - batch.images[None]).abs().mean((2, 3, 4))
                 assert apart.argmin(1).tolist() == list(range(8)), "each is nearest to its own"
                 assert apart.diagonal().max() < 0.05  # of a range of 2; the two shrink images differently
-    assert not multiprocessing.active_children()
+    assert none_left()
 
 
 @pytest.mark.parametrize("way", [peers.PillowV1, peers.PillowV2, peers.TorchvisionV2, peers.OpenCV])
@@ -96,7 +103,7 @@ def test_every_contestant_makes_batches(name: str, scale: Any, tiny_shards: Shar
     settings = experiment(tiny_shards, augment={"preset": "reference", "scale": scale})
     with closing(prepare(name, settings, CPU)()) as batches:
         assert [next(batches) for _ in range(20)] == [8] * 20, "further than an epoch"
-    assert not multiprocessing.active_children()
+    assert none_left()
 
 
 def test_what_is_not_here_is_told_why(tiny_shards: ShardSet) -> None:
@@ -105,7 +112,7 @@ def test_what_is_not_here_is_told_why(tiny_shards: ShardSet) -> None:
         prepare(HOST_CACHE, small, CPU)
     with pytest.raises(UserError, match="cache_gigabytes"):
         Contestant(HOST_CACHE, small, CPU, 0, 0)
-    assert not multiprocessing.active_children()
+    assert none_left()
 
 
 def test_turns_rotate_and_only_what_comes_after_the_warm_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +175,7 @@ def test_bench_prints_a_table_and_writes_its_rows(
     printed = capsys.readouterr().out.splitlines()
     assert [line[:34].strip() for line in printed[2:4]] == chosen[:2]
     assert printed[4].startswith(f"left out: {HOST_CACHE}: ") and "cache_gigabytes" in printed[4]
-    assert not multiprocessing.active_children()
+    assert none_left()
 
 
 def test_a_loader_that_dies_ends_the_benchmark(tiny_shards: ShardSet) -> None:
@@ -178,7 +185,7 @@ def test_a_loader_that_dies_ends_the_benchmark(tiny_shards: ShardSet) -> None:
         os.kill(contestant._process.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="process of moleprint has ended"):
             contestant.turn()
-    assert not multiprocessing.active_children()
+    assert none_left()
 
 
 def test_a_damaged_sample_is_told_before_anything_is_measured(tiny_shards: ShardSet, tmp_path: Path) -> None:
