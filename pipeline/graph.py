@@ -78,6 +78,8 @@ def build(
 
         return given  # type: ignore[no-any-return]
 
+    images_given, parameters_given = part(data), part(parameters)
+
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=batch,
         num_threads=threads,
@@ -88,7 +90,7 @@ def build(
     )
     def graph() -> Any:
         given = fn.external_source(
-            part(data),
+            images_given,
             device="gpu" if resident and gpu is not None else "cpu",
             batch=True,
             dtype=types.UINT8,
@@ -98,7 +100,7 @@ def build(
             no_copy=decoded,
         )
         matrix, colour, *rest = fn.external_source(
-            part(parameters),
+            parameters_given,
             num_outputs=wanted,
             batch=True,
             dtype=types.FLOAT,
