@@ -39,7 +39,7 @@ FREE: dict[str, Any] = {
 
 
 def save(folder: Path, fingerprint: str, progress: Progress, tensors: dict[str, Any], *, keep: int) -> None:
-    """Write `step-NNNNNNNN.pt`, then remove all but the newest `keep` and that of the best step.
+    """Write `step-NNNNNNNN.pt`, then remove all but the newest `keep` up to it and that of the best step.
 
     It is a zip file, whose CRC-32 of every tensor `load` verifies.
 
@@ -52,9 +52,12 @@ def save(folder: Path, fingerprint: str, progress: Progress, tensors: dict[str, 
         torch.save(state, file)
     with writing(path):
         _flush(folder)  # the new name is on disk before an old one goes
-        for old in _newest_first(folder)[keep:]:
-            if old != _path(folder, progress.best_step):
-                old.unlink()
+        paths = _newest_first(folder)
+        # A newer one was damaged, or the run would have gone on from there.
+        newest = paths[paths.index(path) :][:keep]
+        for other in paths:
+            if other not in (*newest, _path(folder, progress.best_step)):
+                other.unlink()
 
 
 def load(

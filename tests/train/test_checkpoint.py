@@ -67,6 +67,14 @@ def test_a_damaged_newest_one_is_passed_over(
         checkpoint.load(tmp_path, FINGERPRINT)
 
 
+def test_a_damaged_newer_one_does_not_push_out_what_is_saved_after_it(tmp_path: Path) -> None:
+    for step in (3, 6):
+        save(tmp_path, step)
+    (tmp_path / "step-00000006.pt").write_bytes(b"damaged")
+    save(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004.pt"]
+
+
 def test_a_failing_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 

@@ -166,7 +166,7 @@ def test_told_to_stop_it_saves_its_step_and_goes_on(
 def endless(tiny_experiment: Any, tmp_path: Path) -> Path:
     """The configuration of a run that would take for ever."""
     path = tmp_path / "config.yaml"
-    settings = {"epochs": 10_000, "patience": 0, "checkpoint_every": 1, "probe_images": 0, "timeout": 4}
+    settings = {"epochs": 10_000, "patience": 0, "checkpoint_every": 1, "probe_images": 0}
     path.write_text(dump(tiny_experiment(tmp_path / "run", train=settings)))
     return path
 
@@ -183,16 +183,16 @@ def test_all_ranks_stop_at_one_step_when_one_is_told(endless: Path, moment: rand
     assert checkpoints(folder)[-1] == f"step-{step:08d}.pt"
 
 
-@pytest.mark.parametrize("guilty", [1, 0])
-def test_a_rank_that_is_stopped_ends_all_by_name(guilty: int, endless: Path, moment: random.Random) -> None:
-    """Rank 0 holds the store that the others speak through, as without torchrun."""
-    folder = endless.parent / "run"
+def test_a_rank_that_is_stopped_ends_all_by_name(endless: Path, moment: random.Random) -> None:
+    """Either rank: 0 holds the store that the others speak through, as without torchrun."""
+    folder, guilty = endless.parent / "run", moment.randrange(2)
+    endless.write_text(endless.read_text().replace("timeout: 1800.0", "timeout: 6"))
     with started(endless, 2) as ranks:
         assert until(lambda: checkpoints(folder), ranks)
         time.sleep(moment.uniform(0, 0.5))
         os.kill(ranks[guilty].pid, signal.SIGSTOP)
         assert ended([ranks[1 - guilty]], 40) == [RESUMABLE], words(endless, 1 - guilty)
-    assert f"no step for 4 s (train.timeout): rank {guilty} " in words(endless, 1 - guilty)
+    assert f"no step for 6 s (train.timeout): rank {guilty} " in words(endless, 1 - guilty)
 
 
 def test_a_rank_that_is_killed_ends_all(endless: Path, moment: random.Random) -> None:
@@ -211,7 +211,7 @@ def step_by_step(rank: int, port: int, steps: int, said: Path) -> None:
     """A rank that makes some steps and then hangs, its other threads alive."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     store = TCPStore("localhost", port, is_master=rank == 0, wait_for_workers=False)
-    watchdog = Watchdog(store, rank=rank, size=3, timeout=1)
+    watchdog = Watchdog(store, rank=rank, size=3, timeout=2)
     for step in range(steps):
         watchdog.beat(f"step {step + 1}")
         time.sleep(0.05)
