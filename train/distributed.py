@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from configs.errors import UserError
+from train.rendezvous import fresh
 from train.watchdog import Watchdog
 
 _ENDED = "moleprint/ended"
@@ -73,16 +74,7 @@ def world(timeout: float = 1800) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield here
         return
-    store, _, _ = next(rendezvous("env://"))
-    with _quiet() if device.type == "cpu" else contextlib.nullcontext():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout + 60),
-            device_id=device if device.type == "cuda" else None,
-        )
+    store = _join(here, timedelta(seconds=timeout + 60))
     watchdog = Watchdog(store, rank=rank, size=size, timeout=timeout)
     try:
         yield replace(here, watchdog=watchdog)
@@ -95,13 +87,43 @@ def world(timeout: float = 1800) -> Iterator[World]:
     except RuntimeError as error:
         if _said(store, _ENDED):
             raise PeerError from error
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise LostError(str(error).splitlines()[0]) from error
+        _raise_lost(error)
         raise
     finally:
         watchdog.close()
     # Not after an error: the other ranks may be waiting in a collective, and this would wait for them.
     dist.destroy_process_group()
+
+
+def _join(here: World, timeout: timedelta) -> Any:
+    """Make the process group; returns the store that it met in."""
+    store, _, _ = next(rendezvous("env://"))
+    on_gpu = here.device.type == "cuda"
+    try:
+        with (
+            fresh(store, rank=here.rank, size=here.size, timeout=timeout) as meeting,
+            contextlib.nullcontext() if on_gpu else _quiet(),
+        ):
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=meeting,
+                rank=here.rank,
+                world_size=here.size,
+                timeout=timeout,
+                device_id=here.device if on_gpu else None,
+            )
+    except TimeoutError as error:
+        raise LostError(str(error)) from error
+    except RuntimeError as error:
+        _raise_lost(error)
+        raise
+    return meeting
+
+
+def _raise_lost(error: RuntimeError) -> None:
+    """Raises LostError if an error is a broken or silent connection to another rank."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        raise LostError(str(error).splitlines()[0]) from error
 
 
 def _said(store: Any, key: str) -> bool:
