@@ -69,6 +69,7 @@ class Trainer:
         self.steps = sampler.steps
         self.fingerprint = checkpoint.fingerprint(experiment, self.shards.sha256)
         folder, allowed = self.folder / "checkpoints", self.settings.allow_changed
+        barrier()  # rank 0 has locked the folder: whoever had it before writes no checkpoint any more
         saved = checkpoint.load(folder, self.fingerprint, allowed=allowed, say=world.main)
         self.progress, state = saved or (Progress(), {})
         check_equal((self.progress.step, self.steps, self.fingerprint), "checkpoint or configuration")
