@@ -22,7 +22,7 @@ class Model(Section):
     """Length of the L2-normalised embedding."""
     projection: Literal["linear", "mlp"] = "linear"
     """From the backbone's features to the embedding: one layer; or two of the features' width, with batch
-    normalisation and ReLU between them (Chen 2020, MoCo v2, with SimCLR's normalisation)."""
+    normalisation and ReLU between them (Chen 2020, SimCLR)."""
     bnneck: bool = False
     """Batch normalisation between embedding and classification (Luo 2019): `triplet`, `contrastive` and
     `supcon` act before it, `classification` and `arcface` behind it, and so does all that comes after
@@ -61,7 +61,7 @@ class Loss(Section):
     """Distance beyond which the contrastive loss leaves negatives alone."""
     supcon: NonNegative = 0.0
     """Weight of the supervised contrastive loss (Khosla 2020)."""
-    temperature: Positive = 0.1
+    supcon_temperature: Positive = 0.1
     """Temperature of the supervised contrastive loss."""
     arcface: NonNegative = 0.0
     """Weight of the class-balanced additive angular margin loss (Deng 2019)."""

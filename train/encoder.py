@@ -340,7 +340,7 @@ class Trainer:
             "skipped_steps": self.guard.check(),
             "replaced_samples": total(len(self.data.training.source.substitutes), self.world.device),
         }
-        if self.world.main:
+        if self.world.main and self.good:  # or the embeddings may be no numbers
             distance = self.experiment.loss.distance
             figures |= embedding_figures(outcome.embeddings, outcome.labels, distance)
             self._warn(collapse(figures, self.experiment.loss))

@@ -148,7 +148,7 @@ class Learner(nn.Module):
         if d_bb is not None and settings.contrastive:
             losses["contrastive"] = contrastive(d_bb, pairs, margin=settings.contrastive_margin)
         if settings.supcon:
-            losses["supcon"] = supcon(metric, pairs, temperature=settings.temperature)
+            losses["supcon"] = supcon(metric, pairs, temperature=settings.supcon_temperature)
         if settings.arcface:
             losses["arcface"] = arcface(
                 embeddings,

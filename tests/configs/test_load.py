@@ -62,7 +62,10 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
         ("train: {compile: 1}", "train.compile: input should be a valid boolean, found 1"),
         ("train: {lr: .nan}", "train.lr: input should be a finite number, found NaN"),
         ("train: 3", "train: input should be an object, found 3"),
-        ("loss: {mining: semihard}", "'random', 'semi_hard' or 'batch_hard', found \"semihard\""),
+        (
+            "loss: {mining: semihard}",
+            "'random', 'all', 'semi_hard', 'batch_hard' or 'patient_hard', found \"semihard\"",
+        ),
         ("loader: {augment: {scale: [1]}}", "loader.augment.scale.1: field required"),
         ("pack: {ratios: {train: 0.5}}", "pack.ratios: train + val + test must be 1, found 0.8"),
         (
@@ -82,7 +85,7 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
         ("pack: {positive: mel}", "pack: positive: 'mel' is none of the classes ['benign', 'melanoma']"),
         (
             "loss: {triplet: 0, classification: 0}",
-            "loss: one of triplet and classification must be above 0",
+            "loss: one of triplet, contrastive, supcon, arcface and classification must be above 0",
         ),
         ("margin: 0.3", "unknown key margin; did you mean loss.margin?"),
         ("2020-01-01: 3", "unknown key 2020-01-01"),

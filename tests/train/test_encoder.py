@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from shards.shardset import ShardSet
 from train import encoder, result
 from train.centroids import Centroids
 from train.distributed import World, world
+from train.model import build
 from train.runfolder import load_encoder
 from train.schedule import learning_rate
 
@@ -75,6 +77,11 @@ def test_the_log_says_what_is_worth_watching(trained: Path) -> None:
         "classification",
         "active_triplets",
         "spread",
+        "uniformity",
+        "alignment",
+        "effective_rank",
+        "distance_positive_p90",
+        "distance_negative_p10",
         "lr",
         "grad_norm",
         "epoch",
@@ -126,6 +133,42 @@ def test_a_compiled_encoder_is_not_compiled_again(
     loader = {"global_batch": 8, "size": 32, "steps_per_epoch": 2, "threads": 1}
     encoder.run(tiny_experiment(tmp_path / "run", train=settings, loader=loader), World())
     assert frames[0] == frames[1] > 0
+
+
+def test_every_option_of_model_and_loss_trains_and_is_rebuilt(tiny_experiment: Any, tmp_path: Path) -> None:
+    options = {"freeze": 2, "layer_decay": 0.5, "projection": "mlp", "bnneck": True}
+    experiment = tiny_experiment(
+        tmp_path / "run",
+        model={"backbone": "resnet18", "embedding_dim": 16, **options},
+        loss={"mining": "random", "schedule": {"batch_hard": 0.5}, "supcon": 0.5, "arcface": 0.5},
+        train={"epochs": 2, "micro_batch": 4, "lr": 1e-3},
+    )
+    before = dict(build(experiment.model, size=32, seed=0).named_parameters())
+    with world() as here:
+        encoder.run(experiment, here)
+    loaded, _ = load_encoder(tmp_path / "run", torch.device("cpu"))
+    for name, parameter in loaded.named_parameters():
+        still = name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1", "neck.bias"))
+        assert torch.equal(parameter, before[name]) == still, name
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert all(row["supcon"] > 0 and row["arcface"] > 0 for row in steps)
+    # The second epoch's negatives are the nearest: nearer than most are.
+    assert all(row["distance_negative"] < row["distance_negative_p50"] for row in steps[4:])
+
+
+def test_a_warning_is_said_once_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    alerts: list[tuple[str, str]] = []
+    trainer = SimpleNamespace(
+        warned=set(),
+        progress=encoder.Progress(step=7),
+        tracker=SimpleNamespace(alert=lambda *alert: alerts.append(alert)),
+    )
+    for warning in (None, "collapse: a point", "collapse: still", "stuck at the margin: by 0", None):
+        encoder.Trainer._warn(trainer, warning)  # type: ignore[arg-type]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["warning: step 7: collapse: a point", "warning: step 7: stuck at the margin: by 0"]
+    assert alerts == [("collapse", "a point"), ("stuck at the margin", "by 0")]
 
 
 def test_a_finished_run_knows_it_and_does_not_train_again(
