@@ -113,9 +113,10 @@ def headline(results: dict[str, Any]) -> str:
         lines.append(
             f"  {'ROC-AUC':<12} {interval(patients, 'roc_auc'):<21}  {patients['positive']:,} with {positive}"
         )
-        chance = duckling.get("top_1_by_chance", {}).get("value", 0)
-        remark = f"a {positive} ranks first of its {group}'s images; chance {chance:.3f}"
-        lines.append(f"  {'ugly duckling':<12} {interval(duckling, 'top_1'):<21} {remark}")
+        if "top_1" in duckling:
+            chance = f"{duckling['top_1_by_chance']['value']:.3f}"
+            remark = f"a {positive} ranks first of its {group}'s images; chance {chance}"
+            lines.append(f"  {'first':<12} {interval(duckling, 'top_1'):<21}  {remark}")
 
     width = max(12, *(len(name) + 2 for name in classes))
     head = max(len(name) for name in (*classes, "true / called")) + 2

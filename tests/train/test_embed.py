@@ -1,4 +1,4 @@
-"""Embeddings on disk: each sample once, in order, however they come; made again only if they would differ."""
+"""Embeddings on disk: each sample once, in order, however they arrive; made again only where they differ."""
 
 import numpy as np
 import pyarrow.parquet as pq
