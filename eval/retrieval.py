@@ -96,5 +96,7 @@ def silhouette(vectors: NDArray[np.float32], labels: Ints) -> Floats:
     outside = 1 - products / counts
     outside[rows, codes] = np.inf
     nearest = outside.min(axis=1)
-    found = (nearest - within) / np.maximum(np.maximum(nearest, within), np.finfo(float).tiny)
-    return np.asarray(np.where(size > 1, found, 0.0))
+    larger = np.maximum(nearest, within)
+    apart = larger > 1e-9  # below it the distances are rounding errors of equal vectors
+    found = np.divide(nearest - within, larger, out=np.zeros(len(labels)), where=apart & (size > 1))
+    return np.asarray(found)
