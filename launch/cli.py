@@ -162,13 +162,16 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     loader = add("loader", text, ("pack", "loader", "train"), _bench_loader)
     text = "share of a training step spent waiting for data, beside the step on a resident batch"
     step = add("step", text, ("pack", "loader", "model", "loss", "train"), _bench_step)
+    text = "images/s of a training step beside a plain PyTorch script"
+    training = add("train", text, ("pack", "loader", "model", "loss", "train"), _bench_train)
 
     shards = subjects.add_parser("shards", help="images/s of packing beside ShardWriter, tar and Pillow")
     shards.add_argument(
         "--images", type=int, default=12000, metavar="N", help="images that are made up for it; default 12000"
     )
     shards.set_defaults(action=_bench_shards)
-    for subject in (loader, step, shards):
+
+    for subject in (loader, step, shards, training):
         subject.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
 
 
@@ -241,6 +244,12 @@ def _bench_loader(options: argparse.Namespace) -> None:
 
 def _bench_step(options: argparse.Namespace) -> None:
     from train.benchmark import bench
+
+    bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from train.throughput import bench
 
     bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
 
