@@ -1,8 +1,8 @@
 """Fields of the sections `embed`, `classifier` and `evaluate`: from embeddings to figures."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.fields import Count, CountOrAuto, NonNegative, Part, Positive, Section, Seed, Share
 
@@ -79,6 +79,15 @@ class Classifier(Section):
     """False alarms that one missed positive weighs, where `threshold` is `cost`."""
     seed: Seed = 0
     """Seed of weights, order, dropout and folds."""
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        if 0 < self.folds < 4:
+            raise ValueError(
+                f"folds={self.folds} leaves too little to learn from when two are left out; set 4 "
+                "or more, or 0"
+            )
+        return self
 
 
 class Evaluate(Section):

@@ -238,27 +238,33 @@ class EachClass:
 
     def __init__(self, probabilities: Floats, labels: Ints, groups: Ints, classes: Sequence[str]) -> None:
         """probabilities: (n, C); labels: (n,); groups: (n,) codes from 0."""
-        self._parts = {
-            name: Detection(probabilities[:, i], labels == i, groups, threshold=1.0, name=name)
-            for i, name in enumerate(classes)
+        count = int(groups.max()) + 1
+        self._curves = {
+            name: Curve(probabilities[:, i], labels == i, groups, count) for i, name in enumerate(classes)
         }
+        self._present = sums(groups, labels, len(classes), rows=count) > 0  # (G, C)
 
     def under(self, multiplicity: Floats) -> dict[str, Floats]:
         """name -> (b,)."""
-        found = {name: part.under(multiplicity) for name, part in self._parts.items()}
-        values: dict[str, Floats] = {}
-        for figure in ("roc_auc", "pr_auc"):
-            values |= {f"{figure}.{name}": of[figure] for name, of in found.items()}
-            values[f"macro_{figure}"] = np.mean([of[figure] for of in found.values()], axis=0)
-        return values
+        points = {name: curve.under(multiplicity) for name, curve in self._curves.items()}
+        roc = {f"roc_auc.{name}": of.roc_auc() for name, of in points.items()}
+        precision = {f"pr_auc.{name}": of.average_precision() for name, of in points.items()}
+        macro = {
+            "macro_roc_auc": np.mean(list(roc.values()), axis=0),
+            "macro_pr_auc": np.mean(list(precision.values()), axis=0),
+        }
+        return roc | precision | macro
 
     def needs(self) -> dict[str, list[Need]]:
         """name -> what it needs."""
-        found = {name: part.needs() for name, part in self._parts.items()}
-        needs: dict[str, list[Need]] = {}
-        for figure in ("roc_auc", "pr_auc"):
-            needs |= {f"{figure}.{name}": list(of[figure]) for name, of in found.items()}
-            needs[f"macro_{figure}"] = [need for of in found.values() for need in of[figure]]
+        needs: dict[str, list[Need]] = {"macro_roc_auc": [], "macro_pr_auc": []}
+        for i, name in enumerate(self._curves):
+            others = np.delete(self._present, i, axis=1).any(axis=1)
+            of: Need = (int(self._present[:, i].sum()), f" with images of {name}")
+            needs[f"pr_auc.{name}"] = [of]
+            needs[f"roc_auc.{name}"] = [of, (int(others.sum()), f" with images that are not {name}")]
+            for figure in ("roc_auc", "pr_auc"):
+                needs[f"macro_{figure}"] += needs[f"{figure}.{name}"]
         return needs
 
 

@@ -1,11 +1,13 @@
 """Retrieval: are a sample's nearest neighbours of its own class? By cosine, the sample itself left out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+ROUNDING = 1e-9  # of a distance
 FIRST = (1, 5, 10)
 """k of recall@k."""
 Floats = NDArray[np.float64]
@@ -38,7 +40,7 @@ def per_query(
     2020, "A Metric Learning Reality Check").
 
     Args:
-        vectors: (n, dim), of length 1.
+        vectors: (n, dim); their lengths do not matter.
         labels: (n,) class indices.
         queries: rows (q,) to ask about; None: all.
         groups: (n,) patients; a query's own are passed over, who share skin and camera. None: none are.
@@ -48,7 +50,7 @@ def per_query(
         `recall_at_K`, `map_at_r`: (q,), nan where no other sample is of the class.
     """
     rows = np.arange(len(labels)) if queries is None else queries
-    known, classes = torch.from_numpy(vectors), torch.from_numpy(labels)
+    known, classes = torch.from_numpy(_directions(vectors)), torch.from_numpy(labels)
     owners = torch.arange(len(labels)) if groups is None else torch.from_numpy(groups)
     parts = [_chunk(known, classes, owners, torch.from_numpy(part)) for part in _split(rows, chunk)]
     names = [*(f"recall_at_{k}" for k in FIRST), "map_at_r"]
@@ -77,26 +79,29 @@ def _chunk(known: torch.Tensor, classes: torch.Tensor, owners: torch.Tensor, row
 
 
 def silhouette(vectors: NDArray[np.float32], labels: Ints) -> Floats:
-    """(n,) silhouette of each sample by cosine distance (Rousseeuw 1987); 0 for one that is alone in its
-    class.
+    """(n,) silhouette of each sample by cosine distance (Rousseeuw 1987).
 
-    The mean cosine distance of unit vectors to a class is 1 - their product with its mean: no pair is looked
-    at.
+    It is 0 for a sample that is alone in its class, or where all lie on one point, and nan where there is
+    one class only. The mean cosine distance to a class is 1 - the product with its mean direction: no pair
+    is looked at.
     """
     present, codes = np.unique(labels, return_inverse=True)
     if len(present) < 2:
         return np.full(len(labels), np.nan)
-    sums = np.stack([vectors[codes == code].sum(axis=0, dtype=np.float64) for code in range(len(present))])
-    counts = np.bincount(codes)
-    products = vectors.astype(np.float64) @ sums.T  # (n, classes)
-    rows = np.arange(len(labels))
-    size = counts[codes]
-    squares = (vectors.astype(np.float64) ** 2).sum(axis=1)
-    within = 1 - (products[rows, codes] - squares) / np.maximum(size - 1, 1)
+    directions = _directions(vectors.astype(np.float64))
+    sums = np.stack([directions[codes == code].sum(axis=0) for code in range(len(present))])
+    counts, rows = np.bincount(codes), np.arange(len(labels))
+    products, size = directions @ sums.T, counts[codes]  # (n, classes), (n,)
+    within = 1 - (products[rows, codes] - 1) / np.maximum(size - 1, 1)
     outside = 1 - products / counts
     outside[rows, codes] = np.inf
     nearest = outside.min(axis=1)
-    larger = np.maximum(nearest, within)
-    apart = larger > 1e-9  # below it the distances are rounding errors of equal vectors
-    found = np.divide(nearest - within, larger, out=np.zeros(len(labels)), where=apart & (size > 1))
-    return np.asarray(found)
+    scale = np.maximum(nearest, within)
+    defined = (size > 1) & (scale > ROUNDING)
+    return np.asarray(np.divide(nearest - within, scale, out=np.zeros(len(labels)), where=defined))
+
+
+def _directions(vectors: NDArray[Any]) -> NDArray[Any]:
+    """The same of length 1: rounding to float16 takes some of it."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, np.finfo(vectors.dtype).tiny))

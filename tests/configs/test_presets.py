@@ -49,4 +49,4 @@ def test_the_reference_is_the_published_recipe() -> None:
     assert (e.loss.mining, e.loss.triplet, e.loss.classification) == ("random", 1, 0)
     assert (e.train.epochs, e.classifier.epochs) == (100, 80)
     assert (e.classifier.hidden, e.classifier.dropout, e.classifier.threshold) == ((256, 64), 0.4, "half")
-    assert not e.classifier.balanced
+    assert e.classifier.imbalance == "none"

@@ -46,4 +46,11 @@ def test_silhouette_is_that_of_scikit_learn():
     labels[0] = 9
     expected = silhouette_samples(vectors.astype(float), labels, metric="cosine")
     assert silhouette(vectors, labels) == pytest.approx(expected, abs=1e-6)
+    assert silhouette(3 * vectors, labels) == pytest.approx(expected, abs=1e-6)
     assert np.isnan(silhouette(vectors, np.zeros_like(labels))).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_collapsed_encoder_has_no_silhouette():
+    vectors = np.repeat(np.random.default_rng(0).normal(size=(1, 64)), 30, axis=0).astype(np.float32)
+    assert not silhouette(vectors, np.arange(30) % 2).any()

@@ -212,6 +212,12 @@ def test_the_best_model_is_the_best_of_cross_validation(run):
     assert [its["hyperparameters"] for its in of_mlp] == [{"lr": 1e-5}, {"lr": 1e-2}]
 
 
+def test_too_few_folds_are_refused():
+    assert Settings(folds=0).folds == 0 and Settings(folds=4).folds == 4
+    with pytest.raises(ValueError, match="folds=2 leaves too little"):
+        Settings(folds=2)
+
+
 @pytest.mark.parametrize("settings", [{"model": "best"}, {"search": {"dropout": [0.1, 0.5]}}])
 def test_a_choice_without_folds_is_refused(run, settings):
     with pytest.raises(UserError, match=r"classifier\.(model=best|search\.dropout) needs cross-validation"):
