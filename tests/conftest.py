@@ -1,6 +1,7 @@
 """A tiny data set that everything is tried on: drawn in a blink, the same bytes every time."""
 
 import csv
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,12 @@ IMAGES = 120
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How often each fault of tests/train/test_faults.py is tried."""
     parser.addoption("--tries", type=int, default=1, help="tries of each fault, at random moments")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C means Ctrl-C in what tests start, also where a shell runs them in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
