@@ -214,7 +214,7 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(  # type: ignore[no-un
     assert done.status == 2, done.err
     told = [line for line in done.err.splitlines() if "error:" in line]
     # Another configuration's run is told with a line a difference, all else in one line.
-    assert len(told) == 1 or told and told[0].endswith("differing in"), done.err
+    assert len(told) == 1 or (told and told[0].endswith("differing in")), done.err
     assert "Traceback" not in done.err
     for word in MISTAKES[mistake]:
         assert word in " ".join(told)
