@@ -189,7 +189,7 @@ MISTAKES = {
     "run DEMO synthetic.images=61": ["synthetic.images", "synthetic.output"],
     "train DEMO loader.sampler=shuffle loader.global_batch=2 run.folder=new": ["global_batch=2", "2 ranks"],
     "train DEMO model.weights=nothere.pth run.folder=deep/new": ["nothere.pth"],
-    "embed DEMO pack.output=damaged": ["damaged", "moleprint verify"],
+    "embed DEMO pack.output=damaged embed.dtype=float16": ["damaged", "moleprint verify"],
     "run nowhere.yaml": ["nowhere.yaml", "configs/demo.yaml"],
     "verify nowhere": ["nowhere", "not a shard set"],
     "bench loader DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],
