@@ -117,6 +117,10 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     if len(aucs) > 1:
         spread = f"{np.mean(aucs):.3f} ± {np.std(aucs, ddof=1):.3f}"
         lines.append(f"  {f'mlp, {len(aucs)} seeds':<22}{spread}")
+    if record["cross_validation"]:
+        lines.append(
+            "  (the encoder has learned from train: cross-validation compares, the test split tells)"
+        )
     return lines
 
 

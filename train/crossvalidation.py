@@ -8,6 +8,9 @@
 The figure reported for a choice is nested: on each fold, that of the candidate that the other folds alone
 would have chosen. (Varma & Simon 2006, "Bias in error estimation when using cross-validation for model
 selection".)
+
+It is honest about the classifier alone: the encoder has learned from train's labels, so all candidates stand
+higher than they will on test. It compares them; what to expect is the test split's to say.
 """
 
 import itertools

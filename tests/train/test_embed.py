@@ -1,5 +1,7 @@
 """Embeddings on disk: each sample once, in order, however they arrive; made again only where they differ."""
 
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -85,21 +87,23 @@ def test_a_stream_comes_in_pieces_of_whole_batches(trained, tiny_experiment, tin
     assert np.array_equal(np.concatenate([part for part, _ in found]), index)
 
 
-def test_they_are_made_again_only_when_they_would_differ(trained, tiny_experiment, tiny_shards, capsys):
+def test_they_are_made_again_only_when_they_would_differ(trained, tiny_experiment, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+
     def made(**settings):
-        run(tiny_experiment(trained, embed=settings), World())
+        run(tiny_experiment(folder, embed=settings), World())
         said = "made before" in capsys.readouterr().out
-        return said, [embeddings_path(trained, split).stat().st_mtime_ns for split in SPLITS]
+        return said, [embeddings_path(folder, split).stat().st_mtime_ns for split in SPLITS]
 
     _, first = made()
+    plain = read_embeddings(folder, "val").vectors
     assert made() == (True, first)
-    said, second = made(dtype="float16")
+    embeddings_path(folder, "test").unlink()
+    said, second = made(dtype="float16", symmetries=True)
     assert not said and not set(first) & set(second)
-    plain = read_embeddings(trained, "val").vectors
+    assert read_meta(folder, "val")["embed"] == {"dtype": "float16", "symmetries": True}
+    vectors = read_embeddings(folder, "val").vectors
+    assert np.abs(vectors - plain).max() > 1e-3
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    embeddings_path(folder, "test").unlink()
     assert not made(dtype="float16", symmetries=True)[0]
-    assert read_meta(trained, "val")["embed"] == {"dtype": "float16", "symmetries": True}
-    assert np.abs(read_embeddings(trained, "val").vectors - plain).max() > 1e-3
-    assert np.allclose(np.linalg.norm(read_embeddings(trained, "val").vectors, axis=1), 1, atol=1e-3)
-    embeddings_path(trained, "test").unlink()
-    assert not made(dtype="float16", symmetries=True)[0]
-    assert not made()[0]
