@@ -259,7 +259,7 @@ def test_memory_is_flat_over_epochs(tiny_experiment: Any, tmp_path: Path) -> Non
     sizes = np.array(json.loads((tmp_path / "sizes.json").read_text())) / 1e6
     assert len(sizes) == epochs
     slope = np.polyfit(np.arange(epochs // 2), sizes[epochs // 2 :], 1)[0]
-    assert slope < 1, f"{slope:.2f} MB an epoch: {sizes.round()}"  # the weights alone are 45 MB
+    assert slope < 5, f"{slope:.2f} MB an epoch: {sizes.round()}"  # the weights alone are 45 MB
 
 
 @pytest.mark.slow
