@@ -25,6 +25,7 @@ def test_the_steps_are_those_of_training(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    before = set(threading.enumerate())
     shown: list[list[int]] = []
     plain = Trainer.train_step
 
@@ -47,7 +48,8 @@ def test_the_steps_are_those_of_training(
         assert each["turns"] == 2 and each["environment"]["cores"] > 0
     assert "Waiting for data: " in capsys.readouterr().out
     assert not (tmp_path / "run").exists(), "measuring is no run"
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moleprint")]
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("moleprint")]
 
 
 def test_waiting_is_what_the_loader_makes_wait(
