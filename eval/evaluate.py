@@ -5,10 +5,7 @@ shell:  moleprint evaluate configs/demo.yaml
 """
 
 import base64
-import contextlib
 import csv
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +18,7 @@ from eval import plots
 from eval.compare import group_name, interval
 from eval.judge import judge
 from eval.metrics import Bootstrap, Floats, Ranking, decide
-from shards.files import write_json, write_text, writing
+from shards.files import replacing, write_json, write_text
 from shards.shardset import SPLITS
 from train.classifier import Classifier, load
 from train.embeddings import Embeddings, embeddings_path, read_embeddings
@@ -70,7 +67,7 @@ def evaluate(
             bar.update(len(data[split].keys))
     test = data["test"]
     probabilities = classifier.probabilities(test.vectors, test.metadata)
-    with _replacing(run / "report") as folder:
+    with replacing(run / "report") as folder:
         write_json(folder / "metrics.json", results)
         _write_predictions(folder / "predictions_test.csv", test, probabilities, classifier)
         pictures = _draw(folder, data, probabilities, classifier, results, bootstrap, run)
@@ -254,15 +251,3 @@ def _page(results: dict[str, Any], pictures: dict[str, Path]) -> str:
     }
     template = environment.get_template("report.html")
     return template.render(results, results=results, pictures=inlined, splits=SPLITS, interval=interval)
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `folder` when the block ends without an error."""
-    with writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-        fresh = Path(name) / "new"
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            folder.rename(Path(name) / "old")
-        fresh.rename(folder)

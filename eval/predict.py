@@ -1,147 +1,289 @@
-"""Image files -> probabilities, by a run folder alone: encoding, graph and encoder are training's own."""
+"""Images -> calibrated probabilities, a verdict, the nearest known lesions; by a run folder alone.
 
-import csv
-import io
-import sys
-import tempfile
-from collections.abc import Sequence
+    from eval.predict import Predictor
+
+    for prediction in Predictor("runs/isic2020").predict(["photographs/", "more/*.jpg"]):
+        print(prediction.image, prediction.verdict, prediction.probabilities)
+
+Encoding, graph and encoder are training's own: a packed image gets the embedding that `moleprint embed` gave
+it.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from nvidia.dali.pipeline import Pipeline
 from tqdm import tqdm
 
 from configs.errors import UserError
-from configs.packing import Encode as Settings
+from configs.fields import Dtype
+from configs.load import load
+from configs.packing import Encode
+from eval.inputs import Image, Listing, listing
 from eval.metrics import decide
+from eval.neighbours import Known
+from eval.network import Network
 from pipeline import augment, graph
 from shards.encode import Encoded, encode
-from shards.files import write_text, writing
-from shards.images import SUFFIXES
 from train import classifier
-from train.embed import encode as encode_images
+from train.embed import encode as embed
+from train.embeddings import read_embeddings, read_meta
 from train.runfolder import load_encoder
 
+if TYPE_CHECKING:
+    from eval.heatmap import HeatMaps
+
 BATCH = 32
+"""Images through the encoder together: always as many, so that a result does not depend on the others."""
+NEAREST = 3
+"""Known lesions named with each prediction."""
+ID_COLUMNS = ("isic_id", "image_id", "image_name", "id")
+"""What tables of dermoscopy images call an id, besides the columns that the run was packed with."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image that lies near."""
+
+    key: str
+    label: str
+    split: str
+    distance: float
+    """Euclidean distance of unit vectors, 0..2."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier says of one file."""
+    """What a run says of one image; without an embedding where `error` says why."""
 
-    file: Path
-    probabilities: dict[str, float]
-    """Of each class, temperature-scaled."""
-    called: str
+    image: str
+    """Its path, id, or name in an archive."""
+    error: str = ""
+    """Why there is no verdict; empty otherwise."""
+    probabilities: dict[str, float] | None = None
+    """Of each class, calibrated."""
+    verdict: str = ""
     """The positive class where its probability reaches the threshold, else the likeliest other."""
+    nearest: tuple[Neighbour, ...] = ()
+    """Known lesions, nearest first."""
+    distance: float | None = None
+    """To the training set, as `eval.neighbours` says."""
+    out_of_distribution: bool | None = None
+    """Whether it lies farther from the training set than the run's limit: then the verdict is a guess."""
+    embedding: NDArray[np.float32] | None = None
+    """(dim,) unit vector."""
+    heatmap: Path | None = None
+    """Picture of what drove the verdict, where it was asked for."""
 
 
-def predict(run: Path, images: Sequence[Path], *, progress: bool = True) -> list[Prediction]:
-    """Classify image files, and those in folders, in the order given.
+@dataclass(frozen=True)
+class _Ready:
+    """An image on its way: encoded as packing would have, or with the reason why it cannot be used."""
 
-    Raises:
-        UserError: naming what is missing, or every file that is not a usable image.
-    """
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    encoder, about = load_encoder(run, device)
-    verdict = classifier.load(run)
-    if verdict.made_from["encoder_sha256"] != about["encoder_sha256"]:
-        raise UserError(
-            f"{run}: its classifier was made for another encoder; run `moleprint embed` and "
-            "`moleprint classify` again"
-        )
-    files = _files(images)
-    encoded = _encode(files, Settings(**about["encoding"]))
-    vectors = np.empty((len(files), about["embedding_dim"]), np.float32)
-    feed = _Feed(encoded, about["preprocessing"]["size"])
-    pipeline = graph.build(
-        feed,
-        batch=BATCH,
-        **about["preprocessing"],
-        threads=torch.get_num_threads(),
-        prefetch=1,
-        gpu=device.index,
-    )
-    for start in tqdm(range(0, len(files), BATCH), desc="predict", unit="batch", disable=not progress):
-        (batch,) = pipeline.run()
+    image: Image
+    encoded: Encoded | None
+    error: str = ""
+
+
+class Predictor:
+    """The encoder and classifier of a run folder, ready to be asked."""
+
+    def __init__(self, run: Path | str, *, device: torch.device | str | None = None) -> None:
+        """
+        Args:
+            run: folder of a finished run: encoder, embeddings and classifier are read, nothing is written.
+            device: a GPU if there is one, if not given.
+
+        Raises:
+            UserError: naming what is missing, or does not belong together.
+        """
+        self.run = Path(run)
+        default = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device(device) if device is not None else default
+        self.encoder, self.about = load_encoder(self.run, self.device)
+        self.classifier = classifier.load(self.run)
+        if self.classifier.made_from["encoder_sha256"] != self.about["encoder_sha256"]:
+            raise UserError(
+                f"{self.run}: its classifier was made for another encoder; run `moleprint embed` and "
+                "`moleprint classify` again"
+            )
+        self.classes, self.threshold = self.classifier.classes, self.classifier.threshold
+        self.embedded = read_meta(self.run, "train").get("embed", {})
+        train, val = (read_embeddings(self.run, split) for split in ("train", "val"))
+        self.known = Known(train, val, self.device)
+        # Decoded in full first, and strictly: one image that the graph cannot decode would end it.
+        self._encoding = Encode(**{**self.about["encoding"], "check": "decode"})
+        self._loader = self.about.get("made_from", {}).get("loader", {})
+        self._pipeline: Pipeline | None = None
+        self._feed: list[Encoded] = []
+
+    def predict(
+        self,
+        images: Sequence[Path | str] | Path | str | Listing,
+        *,
+        heatmaps: Path | None = None,
+        progress: bool = False,
+    ) -> Iterator[Prediction]:
+        """A prediction for every image, in order, as they are ready; memory does not grow with their number.
+
+        Args:
+            images: what `eval.inputs.listing` takes, or gives.
+            heatmaps: folder for a heat map of each image (`eval.heatmap`).
+
+        Raises:
+            UserError: for a table or a glob that means no images, or where heat maps cannot be had. An image
+                that cannot be used is none: its prediction says why.
+        """
+        if isinstance(images, Path | str):
+            images = [images]
+        wanted = images if isinstance(images, Listing) else listing(images, id_columns=self.id_columns)
+        return self._predict(wanted, self._heat_maps(heatmaps) if heatmaps else None, progress)
+
+    @property
+    def id_columns(self) -> tuple[str, ...]:
+        """Columns that may hold an image's id in a table, those of the run's own tables first."""
+        config = self.run / "config.yaml"
+        sources = load(config).pack.each_source.values() if config.exists() else ()
+        return tuple(dict.fromkeys([*(source.id_column for source in sources), *ID_COLUMNS]))
+
+    def encode(self, data: bytes, *, name: str = "") -> Encoded:
+        """An image's bytes as packing would have written them.
+
+        Raises:
+            UserError: the reason why it cannot be used.
+        """
+        return encode(data, self._encoding, name=name)
+
+    def embed(self, encoded: Sequence[Encoded]) -> NDArray[np.float32]:
+        """Embeddings (n, dim) of at most BATCH images, as `moleprint embed` makes and keeps them."""
+        images = self.pixels(encoded)
         with torch.inference_mode():
-            out = encode_images(encoder, graph.tensor(batch), symmetries=verdict.symmetries).cpu().numpy()
-        vectors[start : start + BATCH] = out[: len(files) - start]
-    probabilities = verdict.probabilities(vectors)
-    called = decide(probabilities, verdict.positive, verdict.threshold)
-    return [
-        Prediction(file, dict(zip(verdict.classes, map(float, row), strict=True)), verdict.classes[call])
-        for file, row, call in zip(files, probabilities, called, strict=True)
-    ]
+            vectors = embed(self.encoder, images, symmetries=self.embedded.get("symmetries", False))
+        kept = np.dtype(self.embedded.get("dtype", "float32"))
+        return vectors[: len(encoded)].cpu().numpy().astype(kept).astype(np.float32)
 
+    def pixels(self, encoded: Sequence[Encoded]) -> torch.Tensor:
+        """What the encoder sees of at most BATCH images: (BATCH, 3, size, size), the last one repeated."""
+        self._feed = [encoded[min(slot, len(encoded) - 1)] for slot in range(BATCH)]
+        self._pipeline = self._pipeline or self._build()
+        (batch,) = self._pipeline.run()
+        dtype, channels_last = self._layout
+        return graph.tensor(batch, dtype, channels_last=channels_last)
 
-def check_output(output: Path | None) -> None:
-    """Refuse a file that `write` could not write, before time is spent on predictions for it.
+    @property
+    def _layout(self) -> tuple[Dtype, bool]:
+        return self._loader.get("dtype", "float32"), self._loader.get("channels_last", False)
 
-    Raises:
-        UserError: if something that is no file has its name, or nothing can be written where it would lie.
-    """
-    if output is None:
-        return
-    with writing(output):
-        if output.exists() and not output.is_file():
-            raise UserError(f"{output}: is there already and is not a file; name a CSV file to write")
-        folder = next(parent for parent in output.parents if parent.exists())
-        tempfile.TemporaryFile(dir=folder).close()  # tried: rights alone mean nothing to root
-
-
-def write(predictions: Sequence[Prediction], output: Path | None) -> None:
-    """CSV of file, called class and probabilities: to a file, or printed."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "called", *predictions[0].probabilities])
-    for p in predictions:
-        rows.writerow([p.file, p.called, *(f"{value:.6f}" for value in p.probabilities.values())])
-    if output:
-        write_text(output, text.getvalue())
-    else:
-        sys.stdout.write(text.getvalue())
-
-
-def _files(given: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(
-            f"{', '.join(map(str, given))}: no images here; endings looked for: {', '.join(SUFFIXES)}"
+    def _build(self) -> Pipeline:
+        dtype, channels_last = self._layout
+        return graph.build(
+            self._inputs,
+            batch=BATCH,
+            **self.about["preprocessing"],
+            threads=torch.get_num_threads(),
+            prefetch=1,
+            dtype=dtype,
+            channels_last=channels_last,
+            gpu=self.device.index if self.device.type == "cuda" else None,
         )
-    return files
 
-
-def _encode(files: Sequence[Path], encoding: Settings) -> list[Encoded]:
-    """Every file as packing would have written it."""
-    encoded, wrong = [], []
-    for file in files:
-        try:
-            data = file.read_bytes()
-            encoded.append(encode(data, encoding, name=file.name))
-        except (OSError, UserError) as error:
-            wrong.append(f"{file}: {getattr(error, 'strerror', None) or error}")
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return encoded
-
-
-class _Feed:
-    """Batches of encoded images for the graph, the last one filled up with its last image."""
-
-    def __init__(self, encoded: Sequence[Encoded], size: int) -> None:
-        self._encoded, self._size, self._done = encoded, size, 0
-
-    def __call__(self) -> graph.Inputs:
-        chosen = [self._encoded[min(self._done + i, len(self._encoded) - 1)] for i in range(BATCH)]
-        self._done += BATCH
+    def _inputs(self) -> graph.Inputs:
+        sizes = np.array([(image.width, image.height) for image in self._feed])
         plan = augment.identity(BATCH)
-        sizes = np.array([(image.width, image.height) for image in chosen])
-        data = [np.frombuffer(image.jpeg, np.uint8) for image in chosen]
-        return data, *plan.parameters(sizes[:, 0], sizes[:, 1], self._size)
+        data = [np.frombuffer(image.jpeg, np.uint8) for image in self._feed]
+        return data, *plan.parameters(sizes[:, 0], sizes[:, 1], self.about["preprocessing"]["size"])
+
+    @property
+    def network(self) -> Network:
+        """Encoder, classifier and calibration as one module."""
+        return Network(self.encoder, self.classifier, symmetries=self.embedded.get("symmetries", False))
+
+    def _heat_maps(self, folder: Path) -> "HeatMaps":
+        from eval.heatmap import HeatMaps
+
+        return HeatMaps(self.network.to(self.device).eval(), folder=folder, **self.about["preprocessing"])
+
+    def _predict(self, wanted: Listing, heat_maps: "HeatMaps | None", progress: bool) -> Iterator[Prediction]:
+        with tqdm(total=wanted.count, desc="predict", unit="image", disable=not progress) as bar:
+            for batch in self._batches(wanted.images):
+                yield from self._judge(batch, heat_maps)
+                bar.update(len(batch))
+
+    def _batches(self, images: Iterable[Image]) -> Iterator[list[_Ready]]:
+        """Encoded as packing would have, a few batches ahead of the encoder."""
+        batch: list[_Ready] = []
+        with ThreadPoolExecutor(torch.get_num_threads(), "moleprint-predict") as pool:
+            ahead: deque[Future[_Ready]] = deque()
+            try:
+                for image in images:
+                    ahead.append(pool.submit(self._prepare, image))
+                    if len(ahead) > 2 * BATCH:
+                        batch.append(ahead.popleft().result())
+                    if len(batch) == BATCH:
+                        yield batch
+                        batch = []
+                for future in ahead:
+                    batch.append(future.result())
+                    if len(batch) == BATCH:
+                        yield batch
+                        batch = []
+            finally:  # of a caller who stops early, too
+                for future in ahead:
+                    future.cancel()
+        if batch:
+            yield batch
+
+    def _prepare(self, image: Image) -> _Ready:
+        try:
+            return _Ready(image, self.encode(image.read(), name=image.file_name))
+        except UserError as error:
+            return _Ready(image, None, str(error))
+
+    def _judge(self, batch: list[_Ready], heat_maps: "HeatMaps | None") -> list[Prediction]:
+        """The predictions of a batch, in order."""
+        sound = [(ready.image.name, ready.encoded) for ready in batch if ready.encoded is not None]
+        if not sound:
+            return [Prediction(ready.image.name, ready.error) for ready in batch]
+        encoded = [one for _, one in sound]
+        vectors = self.embed(encoded)
+        probabilities = self.classifier.probabilities(vectors)
+        called = decide(probabilities, self.classifier.positive, self.threshold)
+        rows, distances = self.known.nearest(vectors, max(NEAREST, self.known.rank))
+        pictures: list[Path | None] = [None] * len(vectors)
+        if heat_maps:
+            seen = self.pixels(encoded)[: len(sound)].float()
+            pictures = [*heat_maps.write(seen, called, [name for name, _ in sound])]
+        predictions, slot = [], 0
+        for ready in batch:
+            if ready.encoded is None:
+                predictions.append(Prediction(ready.image.name, ready.error))
+                continue
+            away = float(distances[slot, self.known.rank - 1])
+            predictions.append(
+                Prediction(
+                    ready.image.name,
+                    probabilities=dict(zip(self.classes, probabilities[slot].tolist(), strict=True)),
+                    verdict=self.classes[called[slot]],
+                    nearest=self._neighbours(rows[slot, :NEAREST], distances[slot, :NEAREST]),
+                    distance=away,
+                    out_of_distribution=away > self.known.limit,
+                    embedding=vectors[slot],
+                    heatmap=pictures[slot],
+                )
+            )
+            slot += 1
+        return predictions
+
+    def _neighbours(self, rows: NDArray[np.int64], distances: NDArray[np.float64]) -> tuple[Neighbour, ...]:
+        train = self.known.train
+        return tuple(
+            Neighbour(train.keys[row], self.classes[train.labels[row]], "train", distance)
+            for row, distance in zip(rows.tolist(), distances.tolist(), strict=True)
+        )

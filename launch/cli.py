@@ -37,6 +37,7 @@ STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str
     "evaluate": (stages.evaluate, ("pack", "evaluate", "tracking", "run"), "write the report"),
     "run": (stages.run_all, tuple(Experiment.model_fields), "all stages, skipping what is finished"),
 }
+NOT_A_DEVICE = "Research software, not a medical device: no diagnosis may rest on it."
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
@@ -81,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def add(name: str, text: str, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
-        fields = f"fields (section.key=value):\n\n{describe(sections)}" if sections else None
+    def add(
+        name: str, text: str, sections: Sequence[str] = (), epilog: str | None = None
+    ) -> argparse.ArgumentParser:
+        fields = f"fields (section.key=value):\n\n{describe(sections)}" if sections else epilog
         return verbs.add_parser(
             name,
             help=text,
@@ -108,13 +111,33 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--quick", action="store_true", help="skip decoding every image")
     verb.set_defaults(action=_verify)
 
-    verb = add("predict", "melanoma probability of image files")
+    verb = add("predict", "probability, verdict and nearest known lesions of images", epilog=PREDICT)
     verb.add_argument(
         "run", type=Path, metavar="RUN", help="run folder with a trained encoder and classifier"
     )
-    verb.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
-    verb.add_argument("--output", type=Path, metavar="FILE", help="CSV to write; printed if not given")
+    verb.add_argument("images", nargs="+", metavar="IMAGES", help="what to look at, as below")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="file to write; printed if not given")
+    verb.add_argument(
+        "--format", choices=("csv", "jsonl"), help="as FILE's ending says if not given, else csv"
+    )
+    verb.add_argument("--images", dest="place", metavar="PLACE", help="where the ids of a table are sought")
+    verb.add_argument("--heatmap", type=Path, metavar="FOLDER", help="write a Grad-CAM picture of each image")
     verb.set_defaults(action=_predict)
+
+    verb = add("export", "a bundle of encoder, classifier and calibration that runs without moleprint")
+    verb.add_argument(
+        "run", type=Path, metavar="RUN", help="run folder with a trained encoder and classifier"
+    )
+    verb.add_argument("--format", required=True, choices=("onnx", "torch-export", "safetensors"))
+    verb.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="bundle to write")
+    verb.add_argument(
+        "--images",
+        nargs="+",
+        default=(),
+        metavar="IMAGES",
+        help="real images to check it on, as for predict; those of the run's shard set if not given",
+    )
+    verb.set_defaults(action=_export)
 
     verb = add("compare", "two runs on the test set they have in common: paired bootstrap and DeLong")
     verb.add_argument("first", type=Path, metavar="RUN_A", help="run folder, embedded and classified")
@@ -138,6 +161,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+PREDICT = """IMAGES are any of
+  photo.jpg          image files, of any format that is packed
+  photos/ 'p/*.png'  folders and all below them; globs
+  table.csv          CSV, TSV or Parquet, with a column `path` (from the table's folder on) or an id
+  set.zip set.hdf5   archives
+  shards/            shard sets; 'shards-{000..009}.tar', https://… and `::`: WebDataset shards
+  -                  a path a line on standard input
+
+An image that cannot be used has a line with its `error`, the rest go on, and the status is 1 in the end.
+Probabilities are calibrated. `distance` is that to the 10th nearest training image: where it exceeds
+`distance_limit`, that of 99% of the validation images, it is out of distribution, its verdict a guess."""
 BENCH = "Measure, with peers in the same run on the same images."
 
 
@@ -182,10 +216,34 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from eval.predict import check_output, predict, write
+    from eval.inputs import listing
+    from eval.predict import Predictor
+    from eval.predictions import check_output, format_of, write
 
     check_output(options.output)
-    write(predict(options.run, options.images), options.output)
+    predictor = Predictor(options.run)
+    images = listing(options.images, images=options.place, id_columns=predictor.id_columns)
+    # A bar would be drawn across rows that are printed.
+    progress = bool(options.output) or not sys.stdout.isatty()
+    outcome = write(
+        predictor.predict(images, heatmaps=options.heatmap, progress=progress),
+        predictor.classes,
+        options.output,
+        format_of(options.output, options.format),
+        threshold=predictor.threshold,
+        limit=predictor.known.limit,
+    )
+    for line in (*outcome.said(), predictor.about.get("notice"), NOT_A_DEVICE):
+        if line:
+            print(line, file=sys.stderr)
+    sys.exit(1 if outcome.failed else 0)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from eval.export import export, said
+
+    found = export(options.run, options.format, options.output, images=options.images)
+    print(f"bundle: {options.output}\n{said(found)}")
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -69,6 +69,24 @@ def atomic(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
             raise
 
 
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; it takes the place of `folder` when the block ends without an error.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+            fresh = Path(name) / "new"
+            fresh.mkdir()
+            yield fresh
+            if folder.exists():
+                folder.rename(Path(name) / "old")
+            fresh.rename(folder)
+
+
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
     """Write UTF-8 text atomically, `flush` as for `atomic`."""
     with atomic(path, flush=flush) as file:

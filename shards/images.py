@@ -56,7 +56,7 @@ def locate(ids: Sequence[str], images: str, scratch: Path) -> list[Ref]:
         UserError: if the place or an image is missing or unreadable, or an id has more than one image.
     """
     found: dict[str, list[Ref]] = {}
-    for stem, ref in _entries(images, scratch):
+    for stem, ref in entries(images, scratch):
         found.setdefault(stem, []).append(ref)
     missing, located = [], []
     for key in ids:
@@ -130,8 +130,8 @@ def _refuse_giant(size: int) -> None:
         raise UserError(f"unpacks to {size:,} bytes: a decompression bomb")
 
 
-def _entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:
-    """(name without folder and ending, bytes) of every image in a place."""
+def entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:
+    """(name without folder and ending, bytes) of every image in a place, as for `locate`."""
     path = Path(images)
     kind = path.suffix.lower()
     if path.is_dir():

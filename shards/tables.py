@@ -42,7 +42,7 @@ def read_table(path: Path, key: str) -> pa.Table:
         table = _parquet(path) if name == "Parquet" else _text(path, "\t" if name == "TSV" else ",")
     except FileNotFoundError:
         raise UserError(f"{path}: table not found; set {key} to a CSV, TSV or Parquet file") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         utf8 = "" if name == "Parquet" else " in UTF-8"
         raise UserError(f"{path}: cannot be read as a {name} table{utf8} ({reason}); see {key}") from None

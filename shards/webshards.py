@@ -70,6 +70,13 @@ def staged(url: str, folder: Path) -> Iterator[tuple[str, Ref]]:
         yield stem, Ref(str(data), f"{url} {member}", mark, offset, size)
 
 
+def streamed(url: str) -> Iterator[tuple[str, bytes, dict[str, str]]]:
+    """(name, bytes, what the shard says of it) of every image as it comes in; nothing is kept."""
+    for sample in _samples(url):
+        for ending, payload in _images(sample):
+            yield f"{sample['__key__']}.{ending}", payload, _described(url, _told(sample))
+
+
 def fetch(url: str, folder: Path) -> Fetched:
     """Stream a shard once, and keep in `folder` what packing needs of it.
 
@@ -82,10 +89,7 @@ def fetch(url: str, folder: Path) -> Fetched:
     with atomic(data) as file:
         for sample in _samples(url):
             key = sample["__key__"]
-            told = {
-                kind: sample[kind].decode("utf-8", "replace") for kind in ("cls", "json") if kind in sample
-            }
-            found.samples.append({"key": Path(key).name} | told)
+            found.samples.append(_told(sample))
             for ending, payload in _images(sample) if keep else ():
                 found.images.append((Path(key).name, f"{key}.{ending}", file.tell(), len(payload)))
                 file.write(payload)
@@ -159,6 +163,14 @@ def _images(sample: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     for ending, payload in sample.items():
         if f".{ending.rpartition('.')[2].lower()}" in SUFFIXES:
             yield ending, payload
+
+
+def _told(sample: dict[str, Any]) -> dict[str, str]:
+    """A sample's key, and the text of its label and metadata."""
+    kinds = [kind for kind in ("cls", "json") if kind in sample]
+    return {"key": Path(sample["__key__"]).name} | {
+        kind: sample[kind].decode("utf-8", "replace") for kind in kinds
+    }
 
 
 def _described(url: str, sample: dict[str, str]) -> dict[str, str]:
