@@ -1,0 +1,22 @@
+"""Image files -> calibrated probabilities, by ONNX Runtime: python predict.py IMAGE …"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from prepare import ABOUT, pixels
+
+
+def load(folder: Path) -> Callable[[Any], Any]:
+    """Pixels (n, height, width, 3) -> probabilities (n, classes), embeddings (n, dim)."""
+    session = onnxruntime.InferenceSession(folder / ABOUT["model"], providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["probabilities", "embeddings"], {"pixels": images})
+
+
+if __name__ == "__main__":
+    run = load(Path(__file__).parent)
+    for name in sys.argv[1:]:
+        probabilities, _ = run(pixels(Path(name).read_bytes()))
+        print(name, dict(zip(ABOUT["classes"], map(float, probabilities[0]), strict=True)))

@@ -1,0 +1,110 @@
+"""An image file -> the pixels that the model of this bundle takes. Needs NumPy, Pillow and simplejpeg."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps
+
+ABOUT: dict[str, Any] = json.loads((Path(__file__).parent / "bundle.json").read_text(encoding="utf-8"))
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+Box = tuple[float, float, float, float]
+
+
+def pixels(data: bytes) -> NDArray[np.uint8]:
+    """The bytes of an image file -> upright sRGB pixels (1, height, width, 3), made as training's were."""
+    encoding = ABOUT["encoding"]
+    with Image.open(io.BytesIO(data)) as image:
+        box, size = _target(image.width, image.height)
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        profile = image.info.get("icc_profile")
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            if image.mode == "RGB" and upright and not profile and size == image.size:
+                return _through(data)
+            needed = max(size[0] / (box[2] - box[0]), size[1] / (box[3] - box[1]))
+            scaled, scale = _decoded(data, image, needed)
+        else:
+            scaled, scale = image, 1.0
+        rgb = _rgb(scaled, profile).resize(
+            size,
+            Image.Resampling.LANCZOS,
+            (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale),
+            reducing_gap=3.0,
+        )
+        rgb = _turned(rgb, image)
+    if encoding["resize"] == "pad":
+        canvas = Image.new("RGB", (encoding["size"],) * 2)
+        canvas.paste(rgb, ((canvas.width - rgb.width) // 2, (canvas.height - rgb.height) // 2))
+        rgb = canvas
+    return _through(
+        simplejpeg.encode_jpeg(
+            np.array(rgb), quality=encoding["quality"], colorsubsampling=encoding["subsampling"]
+        )
+    )
+
+
+def _through(jpeg: bytes) -> NDArray[np.uint8]:
+    """Training's images went through a JPEG too."""
+    rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg)
+    return rgb[None]
+
+
+def _target(width: int, height: int) -> tuple[Box, tuple[int, int]]:
+    """The part of an image that is kept (left, top, right, bottom), and the size it is brought to."""
+    resize, size = ABOUT["encoding"]["resize"], ABOUT["encoding"]["size"]
+    box: Box = (0, 0, width, height)
+    if resize == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    if resize in ("crop", "stretch"):
+        return box, (size, size)
+    scale = {
+        "none": 1.0,
+        "short_side": min(1.0, size / min(width, height)),
+        "long_side": min(1.0, size / max(width, height)),
+        "pad": size / max(width, height),
+    }[resize]
+    return box, (max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def _decoded(data: bytes, image: Image.Image, needed: float) -> tuple[Image.Image, float]:
+    """A JPEG decoded at the smallest of 1/8, 2/8, … 8/8 that covers a scale, and that scale."""
+    sizes = [tuple(math.ceil(side * eighths / 8) for side in image.size) for eighths in range(1, 9)]
+    least = tuple(int(side * needed) for side in image.size)
+    eighths = next(
+        (n for n in range(1, 8) if all(a >= b for a, b in zip(sizes[n - 1], least, strict=True))), 8
+    )
+    width, height = sizes[eighths - 1]
+    factor = 1 if eighths < 8 else 8
+    space = {"L": "GRAY", "RGB": "RGB"}[image.mode]
+    decoded = simplejpeg.decode_jpeg(data, space, min_height=height, min_width=width, min_factor=factor)
+    return Image.fromarray(decoded[:, :, 0] if image.mode == "L" else decoded), eighths / 8
+
+
+def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """8-bit sRGB; the transparent turns black."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        black = Image.new("RGB", image.size)
+        return Image.composite(image.convert("RGB"), black, image.getchannel("A"))
+    if profile and image.mode in ("RGB", "L", "CMYK"):
+        try:
+            given, wanted = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, given, wanted, outputMode="RGB") or image
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile says nothing
+    return image.convert("RGB")
+
+
+def _turned(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Turned upright as the original's EXIF block says; Pillow turns a TIFF itself."""
+    if original.format == "TIFF":
+        return image
+    image.getexif()[ORIENTATION] = original.getexif().get(ORIENTATION, 1)
+    return ImageOps.exif_transpose(image)

@@ -1,0 +1,132 @@
+"""Bundles: they load without moleprint, give what the run gives, and say by how much they differ."""
+
+import hashlib
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import UserError
+from eval import export as module
+from eval.export import FILES, FORMATS, Difference, export, said
+from eval.predict import Predictor
+
+# -I: neither this folder nor PYTHONPATH; and no editable install of moleprint either.
+ALONE = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("configs", "shards", "pipeline", "train", "eval", "launch"):
+            raise ImportError(f"{name} is moleprint's")
+sys.meta_path.insert(0, Refuse())
+folder, sys.argv = sys.argv[1], sys.argv[1:]
+sys.path.insert(0, folder)
+runpy.run_path(folder + "/predict.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHECKED", 3)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files that packing would change: a large JPEG, one lying on its side, a PNG with transparency, grey."""
+    folder = tmp_path_factory.mktemp("photographs")
+    draw = np.random.default_rng(3)
+    pixels = draw.integers(0, 256, (50, 70, 3), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
+    picture = Image.fromarray(pixels)
+    picture.save(folder / "large.jpg", quality=90)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(folder / "turned.jpg", quality=90, exif=turned)
+    picture.putalpha(Image.fromarray(pixels[:, :, 0]))
+    picture.save(folder / "clear.png")
+    Image.fromarray(pixels[:, :, 0]).save(folder / "grey.jpg")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_bundle_gives_the_runs_probabilities_without_moleprint(
+    kind: str, finished: Path, photographs: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    found = export(finished, kind, output)
+    assert all(d.probability < 1e-5 and d.embedding < 1e-5 and d.images == 3 for d in found.values())
+    assert list(found) == ["random", "real", "files"]  # the run's shard set is at hand
+    about = json.loads((output / "bundle.json").read_text())
+    assert about["checks"]["real"] == vars(found["real"])
+    assert about["sha256"].keys() == {FILES[kind], "README.md", "prepare.py", "predict.py"}
+    for name, expected in about["sha256"].items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == expected
+    assert {path.name for path in output.iterdir()} == {*about["sha256"], "bundle.json"}
+
+    command = [sys.executable, "-I", "-c", ALONE, str(output), *map(str, photographs)]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line, prediction in zip(
+        done.stdout.splitlines(), Predictor(finished, device="cpu").predict(photographs), strict=True
+    ):
+        name, _, probabilities = line.partition(" ")
+        assert name == prediction.image and not prediction.error
+        assert json.loads(probabilities.replace("'", '"')) == pytest.approx(
+            prediction.probabilities, abs=1e-5
+        )
+
+
+def test_the_differences_are_said() -> None:
+    assert said({"random": Difference(16, 1.5e-7, 2e-6), "real": Difference(3, 0.25, 0)}) == (
+        "largest difference from the run: 1.5e-07 in probability, 2.0e-06 in embedding (16 random images); "
+        "2.5e-01 in probability, 0.0e+00 in embedding (3 real ones)"
+    )
+
+
+def test_a_bundle_that_differs_is_not_written(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bundle"
+    export(finished, "safetensors", output)
+    before = (output / "bundle.json").read_bytes()
+
+    def spoil(whole, path, about):  # type: ignore[no-untyped-def]
+        whole.network.temperature.mul_(3)
+        module._write_safetensors(whole, path, about)
+
+    monkeypatch.setitem(module.WRITERS, "safetensors", spoil)
+    with pytest.raises(UserError, match=r"differ from the run's by .* so it was not written"):
+        export(finished, "safetensors", output)
+    assert (output / "bundle.json").read_bytes() == before and list(tmp_path.iterdir()) == [output]
+
+
+def test_what_is_no_bundle_is_left_alone(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years")
+    for output in (tmp_path / "mine", tmp_path / "mine/thesis.txt"):
+        with pytest.raises(UserError, match="is no bundle"):
+            export(finished, "safetensors", output)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years"
+
+
+def test_a_missing_package_is_named(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def without(name: str) -> object:
+        if name == "onnxscript":
+            raise ImportError
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(UserError, match=r"needs onnxscript: pip install 'moleprint\[export\]'"):
+        export(finished, "onnx", tmp_path / "bundle")
+
+
+def test_images_to_check_on_that_cannot_be_used_are_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.jpg: .*check the bundle on other images"):
+        export(finished, "safetensors", tmp_path / "bundle", images=[str(tmp_path / "gone.jpg")])
+    assert not any(tmp_path.iterdir())
