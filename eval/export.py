@@ -104,6 +104,7 @@ def export(run: Path, kind: Format, output: Path, *, images: Sequence[str] = ())
     _check_output(output)
     # The bundle's numbers are a CPU's, so that the check does not depend on this machine's GPU.
     predictor = Predictor(run, device="cpu")
+    _refuse_metadata(predictor)
     random, real = _random(predictor), _real(predictor, images)
     whole = Whole(predictor.network, **predictor.about["preprocessing"]).eval()
     with replacing(output) as folder:
@@ -148,6 +149,15 @@ def _check_packages(kind: Format) -> None:
         )
 
 
+def _refuse_metadata(predictor: Predictor) -> None:
+    names = [field.name for field in predictor.classifier.verdict.inputs.fields]
+    if names:
+        raise UserError(
+            f"{predictor.run}: its classifier takes {', '.join(names)} beside the image, and a bundle takes "
+            "images alone; classify again with classifier.metadata=[], in another run.folder"
+        )
+
+
 def _check_output(output: Path) -> None:
     if output.exists() and not (output / ABOUT).is_file():
         if output.is_dir() and not any(output.iterdir()):
@@ -173,7 +183,8 @@ def _about(predictor: Predictor, kind: Format) -> dict[str, Any]:
         "rule": "the positive class where its probability reaches the threshold, else the likeliest other",
         "encoding": about["encoding"],
         "preprocessing": about["preprocessing"],
-        "symmetries": predictor.embedded.get("symmetries", False),
+        "symmetries": judged.symmetries,
+        "classifier": judged.name,
         "backbone": about["backbone"],
         "embedding_dim": about["embedding_dim"],
         "temperature": judged.temperature,

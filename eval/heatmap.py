@@ -45,15 +45,20 @@ class HeatMaps:
         probe = torch.zeros(1, 3, size, size, device=device)
         layer = _last_feature_maps(network.encoder, probe)
 
-        def log_odds(images: torch.Tensor) -> torch.Tensor:
-            log_p = network.log_probabilities(network.encoder(images))
+        def log_odds(images: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+            log_p = network.log_probabilities(torch.cat([network.encoder(images), extra], dim=1))
             return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
 
         self._cam, self._folder, self._names = LayerGradCam(log_odds, layer), folder, Counter[str]()
         self._mean, self._std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
 
-    def heat(self, images: torch.Tensor, called: NDArray[np.int64]) -> NDArray[np.float32]:
+    def heat(
+        self, images: torch.Tensor, called: NDArray[np.int64], extra: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """Where the evidence for the called classes (n,) lies in images (n, 3, size, size), 0..1.
+
+        Args:
+            extra: (n, width), metadata as the classifier takes them.
 
         Returns:
             (n, size, size).
@@ -61,14 +66,24 @@ class HeatMaps:
         from captum.attr import LayerAttribution
 
         target = torch.from_numpy(called).to(images.device)
-        maps = self._cam.attribute(images.contiguous(), target, relu_attributions=True)
+        beside = torch.from_numpy(extra).to(images.device)
+        maps = self._cam.attribute(images.contiguous(), target, (beside,), relu_attributions=True)
         maps = LayerAttribution.interpolate(maps.detach(), images.shape[2:], "bilinear")[:, 0]
         most = maps.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
         heat: NDArray[np.float32] = (maps / most).cpu().numpy()
         return heat
 
-    def write(self, images: torch.Tensor, called: NDArray[np.int64], names: Sequence[str]) -> list[Path]:
+    def write(
+        self,
+        images: torch.Tensor,
+        called: NDArray[np.int64],
+        extra: NDArray[np.float32],
+        names: Sequence[str],
+    ) -> list[Path]:
         """One PNG for each of images (n, 3, size, size), called after its file; the paths.
+
+        Args:
+            called, extra: as for `heat`.
 
         Raises:
             UserError: if one cannot be written.
@@ -76,7 +91,8 @@ class HeatMaps:
         seen = ((images * self._std + self._mean).clamp(0, 1) * 255).round().byte()
         pixels = seen.permute(0, 2, 3, 1).cpu().numpy()
         return [
-            self._write(*picture) for picture in zip(pixels, self.heat(images, called), names, strict=True)
+            self._write(*picture)
+            for picture in zip(pixels, self.heat(images, called, extra), names, strict=True)
         ]
 
     def _write(self, pixels: Pixels, heat: NDArray[np.float32], name: str) -> Path:

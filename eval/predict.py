@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
@@ -34,7 +35,8 @@ from pipeline import augment, graph
 from shards.encode import Encoded, encode
 from train import classifier
 from train.embed import encode as embed
-from train.embeddings import read_embeddings, read_meta
+from train.embeddings import read_embeddings
+from train.metadata import Metadata
 from train.runfolder import load_encoder
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ class Predictor:
                 "`moleprint classify` again"
             )
         self.classes, self.threshold = self.classifier.classes, self.classifier.threshold
-        self.embedded = read_meta(self.run, "train").get("embed", {})
+        self.embedded = self.classifier.made_from["embed"] or {}
         train, val = (read_embeddings(self.run, split) for split in ("train", "val"))
         self.known = Known(train, val, self.device)
         # Decoded in full first, and strictly: one image that the graph cannot decode would end it.
@@ -165,7 +167,7 @@ class Predictor:
         """Embeddings (n, dim) of at most BATCH images, as `moleprint embed` makes and keeps them."""
         images = self.pixels(encoded)
         with torch.inference_mode():
-            vectors = embed(self.encoder, images, symmetries=self.embedded.get("symmetries", False))
+            vectors = embed(self.encoder, images, symmetries=self.classifier.symmetries)
         kept = np.dtype(self.embedded.get("dtype", "float32"))
         return vectors[: len(encoded)].cpu().numpy().astype(kept).astype(np.float32)
 
@@ -203,7 +205,7 @@ class Predictor:
     @property
     def network(self) -> Network:
         """Encoder, classifier and calibration as one module."""
-        return Network(self.encoder, self.classifier, symmetries=self.embedded.get("symmetries", False))
+        return Network(self.encoder, self.classifier)
 
     def _heat_maps(self, folder: Path) -> "HeatMaps":
         from eval.heatmap import HeatMaps
@@ -248,18 +250,19 @@ class Predictor:
 
     def _judge(self, batch: list[_Ready], heat_maps: "HeatMaps | None") -> list[Prediction]:
         """The predictions of a batch, in order."""
-        sound = [(ready.image.name, ready.encoded) for ready in batch if ready.encoded is not None]
+        sound = [(ready.image, ready.encoded) for ready in batch if ready.encoded is not None]
         if not sound:
             return [Prediction(ready.image.name, ready.error) for ready in batch]
-        encoded = [one for _, one in sound]
-        vectors = self.embed(encoded)
-        probabilities = self.classifier.probabilities(vectors)
+        images, encoded = zip(*sound, strict=True)
+        vectors, metadata = self.embed(encoded), _columns(images)
+        probabilities = self.classifier.probabilities(vectors, metadata)
         called = decide(probabilities, self.classifier.positive, self.threshold)
         rows, distances = self.known.nearest(vectors, max(NEAREST, self.known.rank))
         pictures: list[Path | None] = [None] * len(vectors)
         if heat_maps:
             seen = self.pixels(encoded)[: len(sound)].float()
-            pictures = [*heat_maps.write(seen, called, [name for name, _ in sound])]
+            extra = self.classifier.verdict.inputs.encode(metadata, len(sound))
+            pictures = [*heat_maps.write(seen, called, extra, [image.name for image in images])]
         predictions, slot = [], 0
         for ready in batch:
             if ready.encoded is None:
@@ -287,3 +290,14 @@ class Predictor:
             Neighbour(train.keys[row], self.classes[train.labels[row]], "train", distance)
             for row, distance in zip(rows.tolist(), distances.tolist(), strict=True)
         )
+
+
+def _columns(images: Sequence[Image]) -> Metadata:
+    """What tables and shards say of images, column by column; a blank is null."""
+    names = dict.fromkeys(name for image in images for name in image.metadata)
+    return {
+        name: pa.chunked_array(
+            [pa.array([image.metadata.get(name) or None for image in images], pa.string())]
+        )
+        for name in names
+    }

@@ -3,7 +3,6 @@
 The network is built here from torchvision and linear layers; the file holds its tensors alone.
 """
 
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,19 +22,16 @@ def load(folder: Path) -> Callable[[Any], Any]:
     backbone = torchvision.models.get_model(ABOUT["backbone"], weights=None)
     backbone.fc = nn.Linear(backbone.fc.in_features, ABOUT["embedding_dim"])
     backbone.load_state_dict(_below(tensors, "encoder.backbone."))
-    head = _below(tensors, "classifier.")
-    weights = sorted((int(n.split(".")[0]), len(t)) for n, t in head.items() if n.endswith(".weight"))
-    classifier = nn.Sequential(*_layers([ABOUT["embedding_dim"], *(width for _, width in weights)]))
-    classifier.load_state_dict(head)
     backbone.eval()
-    classifier.eval()
+    members = [_member(_below(tensors, f"members.{number}.")) for number in range(_count(tensors))]
 
     def run(images: Any) -> Any:
         with torch.inference_mode():
             views = _views(_square(torch.from_numpy(images)))
             total = torch.stack([F.normalize(backbone(view), dim=1) for view in views]).sum(dim=0)
             embeddings = F.normalize(total, dim=1)
-            logits = classifier(embeddings) / tensors["temperature"] - tensors["offset"]
+            mean = torch.stack([member(embeddings) for member in members]).mean(dim=0)
+            logits = mean / tensors["temperature"] - tensors["offset"]
             return logits.softmax(dim=1).numpy(), embeddings.numpy()
 
     return run
@@ -45,12 +41,20 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _layers(widths: list[int]) -> list[nn.Module]:
-    pairs = itertools.pairwise(widths)
-    layers: list[nn.Module] = [
-        layer for pair in pairs for layer in (nn.Linear(*pair), nn.LeakyReLU(), nn.Identity())
-    ]
-    return layers[:-2]
+def _count(tensors: dict[str, Tensor]) -> int:
+    """Networks of the classifier: an ensemble has several."""
+    return len({name.split(".")[1] for name in tensors if name.startswith("members.")})
+
+
+def _member(tensors: dict[str, Tensor]) -> nn.Sequential:
+    """Linear layers of the tensors' widths, LeakyReLU between them."""
+    shapes = sorted((int(n.split(".")[0]), t.shape) for n, t in tensors.items() if n.endswith(".weight"))
+    layers: list[nn.Module] = []
+    for _, (width, before) in shapes:
+        layers += [nn.Linear(before, width), nn.LeakyReLU(), nn.Identity()]
+    network = nn.Sequential(*layers[:-2])
+    network.load_state_dict(tensors)
+    return network.eval()
 
 
 def _square(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from configs.packing import Pack
 from configs.schema import Experiment
 from shards.shardset import ShardSet
 from train import model, runfolder
-from train.classifier import fit
+from train.classify import fit
 from train.distributed import world
 from train.embed import run as embed
 
@@ -23,7 +23,7 @@ def finished(tiny_pack: Pack, tiny_shards: ShardSet, tmp_path_factory: pytest.Te
             "pack": tiny_pack.model_dump() | {"output": str(tiny_shards.folder)},
             "loader": {"size": 32, "threads": 1, "global_batch": 8},
             "model": {"backbone": "resnet18", "embedding_dim": 16},
-            "classifier": {"epochs": 4, "hidden": (8,)},
+            "classifier": {"epochs": 4, "hidden": (8,), "folds": 0, "seeds": 1},
             "evaluate": {"bootstrap": 100},
             "tracking": {"mode": "disabled"},
             "run": {"folder": folder},

@@ -20,7 +20,7 @@ def test_the_heat_is_that_of_the_paper(finished: Path, tmp_path: Path) -> None:
     network = Predictor(finished, device="cpu").network.eval()
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     called = np.array([0, 1, 1])
-    heat = HeatMaps(network, 64, tmp_path, **PLAIN).heat(images, called)
+    heat = HeatMaps(network, 64, tmp_path, **PLAIN).heat(images, called, np.empty((3, 0), np.float32))
 
     backbone = network.encoder.backbone
     stem = nn.Sequential(*list(backbone.children())[:-2])
