@@ -1,24 +1,22 @@
-"""A run's figures and report, from its embeddings and classifier: report/{metrics.json, report.html, …}.
+"""A run's figures and report, from its embeddings and classifier: report/{metrics.json, index.html, …}.
 
 python: evaluate(load(Path("configs/demo.yaml")))
 shell:  moleprint evaluate configs/demo.yaml
 """
 
-import base64
 import csv
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval import plots
+from eval import report
 from eval.compare import group_name, interval
 from eval.judge import judge
-from eval.metrics import Bootstrap, Floats, Ranking, decide
-from shards.files import replacing, write_json, write_text
+from eval.metrics import Floats, decide
+from shards.files import replacing, write_json
 from shards.shardset import SPLITS
 from train.classifier import Classifier, load
 from train.embeddings import Embeddings, embeddings_path, read_embeddings
@@ -56,7 +54,6 @@ def evaluate(
     classifier = load(run)
     data = {split: read_embeddings(run, split) for split in SPLITS}
     _check(data, classifier, run)
-    bootstrap = Bootstrap(settings.bootstrap, settings.confidence, settings.seed)
     results = _about(experiment, classifier, notice)
     total = sum(len(d.keys) for d in data.values())
     with tqdm(total=total, unit="image", desc="evaluate", disable=not progress) as bar:
@@ -70,8 +67,7 @@ def evaluate(
     with replacing(run / "report") as folder:
         write_json(folder / "metrics.json", results)
         _write_predictions(folder / "predictions_test.csv", test, probabilities, classifier)
-        pictures = _draw(folder, data, probabilities, classifier, results, bootstrap, run)
-        write_text(folder / "report.html", _page(results, pictures))
+        pictures = report.write(folder, experiment, results, data, classifier, probabilities)
     if tracker:
         values = {
             f"{split}/{name}": figure["value"]
@@ -187,38 +183,6 @@ def _check(data: dict[str, Embeddings], classifier: Classifier, run: Path) -> No
             )
 
 
-def _draw(
-    folder: Path,
-    data: dict[str, Embeddings],
-    probabilities: Floats,
-    classifier: Classifier,
-    results: dict[str, Any],
-    bootstrap: Bootstrap,
-    run: Path,
-) -> dict[str, Path]:
-    """Draw every picture that the data allow; name -> file."""
-    test, classes, positive = data["test"], classifier.classes, classifier.positive
-    threshold, groups = classifier.threshold, test.group_codes()
-    scores, positives = probabilities[:, positive], test.labels == positive
-    ranking = Ranking(scores, positives, groups)
-    pictures = {name: folder / f"{name}.png" for name in ("confusion", "reliability", "scores")}
-    plots.confusion(pictures["confusion"], results["test"]["confusion_matrix"], classes)
-    plots.calibration(pictures["reliability"], scores, positives, groups, bootstrap)
-    plots.score_histogram(pictures["scores"], scores, test.labels, classes, positive, threshold)
-    if "roc_auc" in results["test"]:
-        pictures |= {name: folder / f"{name}.png" for name in ("roc", "precision_recall")}
-        band = None if results["test"]["roc_auc"]["low"] is None else bootstrap
-        plots.roc(pictures["roc"], ranking, groups, threshold, band)
-        plots.precision_recall(pictures["precision_recall"], ranking, groups, threshold)
-    if test.vectors.shape[1] >= 2:
-        pictures["embeddings"] = folder / "embeddings.png"
-        fitted = data["train"].vectors
-        plots.projection(pictures["embeddings"], fitted, test.vectors, test.labels, classes, positive)
-    if plots.training_curves(folder / "training.png", run / "metrics.jsonl"):
-        pictures["training"] = folder / "training.png"
-    return pictures
-
-
 def _write_predictions(path: Path, test: Embeddings, probabilities: Floats, classifier: Classifier) -> None:
     classes, positive = classifier.classes, classifier.positive
     called = decide(probabilities, positive, classifier.threshold)
@@ -234,20 +198,3 @@ def _write_predictions(path: Path, test: Embeddings, probabilities: Floats, clas
                 classes[called[i]],
             ]
             writer.writerow(row)
-
-
-def _page(results: dict[str, Any], pictures: dict[str, Path]) -> str:
-    """The report as one self-contained HTML page: pictures inlined, so that it can be mailed."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    inlined = {
-        name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        for name, path in pictures.items()
-    }
-    template = environment.get_template("report.html")
-    return template.render(results, results=results, pictures=inlined, splits=SPLITS, interval=interval)

@@ -191,6 +191,21 @@ def roc_band(ranking: Ranking, groups: Ints, bootstrap: Bootstrap) -> tuple[Floa
     return grid, *bootstrap.interval(np.array(curves[1:]))
 
 
+def precision_band(ranking: Ranking, groups: Ints, bootstrap: Bootstrap) -> tuple[Floats, Floats, Floats]:
+    """Pointwise interval of precision: recalls (200,) above 0, low and high precision (200,).
+
+    Precision at a recall is that of the highest threshold which reaches it.
+    """
+    grid, curves = np.linspace(0, 1, 201)[1:], []
+    for multiplicity in bootstrap.resamples(groups):
+        caught, alarms = ranking.counts(multiplicity)
+        recall, precision = ratio(caught, caught[:, -1:]), ratio(caught, caught + alarms)
+        # Rounding may leave the last recall a hair below 1.
+        reached = [np.searchsorted(row, grid - ROUNDING).clip(max=len(row) - 1) for row in recall]
+        curves += [row[at] for row, at in zip(precision, reached, strict=True)]
+    return grid, *bootstrap.interval(np.array(curves[1:]))
+
+
 def reliability(
     scores: Floats, positives: Bools, groups: Ints, bootstrap: Bootstrap, bins: int = 10
 ) -> tuple[Floats, Floats, Floats, Floats]:

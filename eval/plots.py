@@ -1,23 +1,25 @@
-"""The report's pictures: PNGs drawn through matplotlib's object interface, in colours that colour-blind
-readers tell apart (Okabe & Ito 2008). No global state, no display needed."""
+"""The report's pictures: PNGs and SVGs drawn through matplotlib's object interface, in colours that
+colour-blind readers tell apart (Okabe & Ito 2008). No display needed."""
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from eval.metrics import Bools, Bootstrap, Floats, Ints, Ranking, reliability, roc_band
+from eval.metrics import Bools, Bootstrap, Floats, Ints, Ranking, precision_band, reliability, roc_band
+from eval.projection import Plane
 
 INK, GREY, GRID = "#222222", "#767676", "#e6e6e6"
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 OTHERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 LOGIT_TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+TITLES = {"roc_auc": "ROC-AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
 SIZE = (4.8, 4.2)  # inches
 Place = Literal["best", "upper left", "upper right", "lower right"]
 Series = dict[str, list[tuple[float, float]]]
@@ -37,12 +39,18 @@ def roc(path: Path, ranking: Ranking, groups: Ints, threshold: float, bootstrap:
     _finish(figure, axes, path, "lower right", unit_square=True)
 
 
-def precision_recall(path: Path, ranking: Ranking, groups: Ints, threshold: float) -> None:
-    """Precision against recall, with the prevalence that a coin would reach."""
+def precision_recall(
+    path: Path, ranking: Ranking, groups: Ints, threshold: float, bootstrap: Bootstrap | None
+) -> None:
+    """Precision against recall, with the prevalence that a coin would reach, and its pointwise interval."""
     caught, alarms = (c[0] for c in ranking.counts(np.ones((1, int(groups.max()) + 1))))
     recall, precision = caught / caught[-1], caught / (caught + alarms)
     prevalence = precision[-1]
     figure, axes = _canvas("recall (sensitivity)", "precision")
+    if bootstrap:
+        grid, low, high = precision_band(ranking, groups, bootstrap)
+        label = f"{bootstrap.confidence:.0%} interval"
+        axes.fill_between(grid, low, high, color=BLUE, alpha=0.18, linewidth=0, label=label)
     axes.axhline(
         prevalence, color=GREY, linewidth=1, linestyle=(0, (4, 4)), label=f"prevalence {prevalence:.3f}"
     )
@@ -107,7 +115,7 @@ def score_histogram(
     axes.set_xscale("logit")
     axes.set_xticks(LOGIT_TICKS, [f"{tick:g}" for tick in LOGIT_TICKS])
     axes.set_xticks([], minor=True)
-    for index, (name, colour) in enumerate(zip(classes, _colours(classes, positive), strict=True)):
+    for index, (name, colour) in enumerate(zip(classes, colours(classes, positive), strict=True)):
         own = np.clip(scores[labels == index], edges[0], edges[-1])
         heights = np.histogram(own, edges)[0] / max(len(own), 1)
         axes.stairs(
@@ -119,25 +127,61 @@ def score_histogram(
     _finish(figure, axes, path, "upper right")
 
 
-def projection(
-    path: Path,
-    fitted: NDArray[np.float32],
-    shown: NDArray[np.float32],
-    labels: Ints,
-    classes: Sequence[str],
-    positive: int,
-) -> None:
-    """`shown` (n, dim) with labels (n,) along the first two principal components of `fitted` (m, dim)."""
-    variances, directions = np.linalg.eigh(np.cov(fitted, rowvar=False, dtype=np.float64))  # ascending
-    x, y = ((shown - fitted.mean(axis=0, dtype=np.float64)) @ directions[:, :-3:-1]).T
-    first, second = variances[:-3:-1] / max(variances.sum(), np.finfo(float).tiny)
-    figure, axes = _canvas(
-        f"component 1 ({first:.0%} of variance)", f"component 2 ({second:.0%} of variance)"
-    )
-    for index, colour in sorted(enumerate(_colours(classes, positive)), key=lambda pair: pair[0] == positive):
+def projection(path: Path, plane: Plane, labels: Ints, classes: Sequence[str], positive: int) -> None:
+    """Images with labels (n,) on a plane."""
+    figure, axes = _canvas(plane.x, plane.y)
+    if not plane.x:  # the axes mean nothing
+        axes.set_xticks([])
+        axes.set_yticks([])
+    x, y = plane.points.T
+    for index, colour in sorted(enumerate(colours(classes, positive)), key=lambda pair: pair[0] == positive):
         own = labels == index  # the positive class last, on top
         axes.scatter(x[own], y[own], s=9, color=colour, alpha=0.6, linewidths=0, label=_plain(classes[index]))
     _finish(figure, axes, path, "best")
+
+
+def decision(path: Path, rows: Sequence[Mapping[str, Any]], positive: str) -> None:
+    """Net benefit of acting by the model, on all, and on none (`eval.curves.decision_curve`)."""
+    figure, axes = _canvas(f"probability of {_plain(positive)} at which one would act", "net benefit")
+    for name, colour, label in (("all", GREY, "act on all"), ("model", BLUE, "act by the model")):
+        known = [(row["probability"], row[name]) for row in rows if row[name] is not None]
+        if not known:
+            continue
+        x, y = [p for p, _ in known], [of["value"] for _, of in known]
+        if name == "model" and all(of["low"] is not None for _, of in known):
+            low, high = [of["low"] for _, of in known], [of["high"] for _, of in known]
+            axes.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0)
+        axes.plot(x, y, color=colour, linewidth=1.8 if name == "model" else 1.2, label=label)
+    axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 4)), label="act on none")
+    best = max([0.0, *(row["model"]["high"] or row["model"]["value"] for row in rows if row["model"])])
+    axes.set_ylim(-0.25 * (best or 0.1), 1.15 * (best or 0.1))
+    _finish(figure, axes, path, "upper right")
+
+
+def forest(path: Path, parts: Mapping[str, Mapping[str, Any]], overall: Mapping[str, Any], name: str) -> None:
+    """A figure with its interval in every subgroup; dashed is everyone's, hollow are the small ones."""
+    rows = [(f"{column}: {value}", of) for column, values in parts.items() for value, of in values.items()]
+    rows = [("all", {**overall, "small": False}), *rows]
+    figure = Figure(figsize=(7.2, 0.9 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, TITLES.get(name, name), "")
+    for y, (_, of) in enumerate(rows):
+        estimate = of.get(name)
+        if estimate is None:
+            axes.text(0.5, y, "undefined", color=GREY, fontsize=8, ha="center", va="center")
+            continue
+        colour, face = (GREY, "none") if of["small"] else (BLUE, BLUE)
+        if estimate["low"] is not None:
+            axes.plot([estimate["low"], estimate["high"]], [y, y], color=colour, linewidth=1.4)
+        axes.plot([estimate["value"]], [y], "o", color=colour, markerfacecolor=face, markersize=5)
+    if name in overall:
+        axes.axvline(overall[name]["value"], color=GREY, linewidth=1, linestyle=(0, (4, 4)))
+    counts = [f"{_plain(label)}  ({of['images']:,} / {of['positive']:,})" for label, of in rows]
+    axes.set_yticks(range(len(rows)), counts)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.01)
+    save(figure, path)
 
 
 def training_curves(path: Path, log: Path) -> bool:
@@ -160,7 +204,7 @@ def training_curves(path: Path, log: Path) -> bool:
         for (name, points), colour in zip(sorted(series.items()), OTHERS * len(series), strict=False):
             axes.plot(*np.array(points).T, color=colour, linewidth=1.4, label=_plain(name))
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return True
 
 
@@ -183,6 +227,13 @@ def read_curves(log: Path) -> dict[str, Series]:
                 points.pop()
             points.append((at, value))
     return curves
+
+
+def save(figure: Figure, path: Path) -> None:
+    """PNG under `path`, and SVG beside it: text as text, no ground of its own, the same bytes each time."""
+    figure.savefig(path, dpi=150)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure.savefig(path.with_suffix(".svg"), transparent=True, metadata={"Date": None})
 
 
 def _canvas(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
@@ -217,10 +268,10 @@ def _finish(
         axes.set_ylim(-0.01, 1.02)
     if legend:
         axes.legend(loc=legend, frameon=False, fontsize=9, labelcolor=INK)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def _colours(classes: Sequence[str], positive: int) -> list[str]:
+def colours(classes: Sequence[str], positive: int) -> list[str]:
     others = iter(OTHERS * len(classes))
     return [VERMILLION if index == positive else next(others) for index in range(len(classes))]
 

@@ -164,7 +164,7 @@ def evaluate(call: Call) -> None:
         runfolder.describe(call.experiment)
         figures = report(call.experiment, tracker=tracker, notice=notice)
     print(f"\n{headline(figures)}\n")
-    print(f"report: {run / 'report' / 'report.html'}")
+    print(f"report: {run / 'report' / 'index.html'}")
     if notice:
         print(notice)
 

@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval import evaluate as module
+from eval import report
 from eval.evaluate import evaluate, headline
 from eval.plots import read_curves, training_curves
 from train.classifier import load
@@ -21,7 +22,10 @@ from train.classify import fit
 from train.embeddings import Embeddings, read_embeddings, write_embeddings
 
 META = {"encoder_sha256": "e1", "shards_sha256": "s1", "classes": ["benign", "melanoma"], "positive": 1}
-PICTURES = {"roc", "precision_recall", "confusion", "reliability", "scores", "embeddings"}
+PICTURES = {
+    *("roc", "precision_recall", "confusion", "reliability", "scores", "decision"),
+    *("embeddings_pca", "embeddings_tsne"),
+}
 
 
 def write(run, split, n, seed, meta=META, labels=None, groups=None):
@@ -30,6 +34,7 @@ def write(run, split, n, seed, meta=META, labels=None, groups=None):
     labels = draw.integers(0, count, n) if labels is None else labels
     vectors = draw.normal(size=(n, 8)).astype(np.float32)
     vectors[np.arange(n), labels] += 2
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     groups = groups or [f"{split}-{i // 4}" for i in range(n)]
     keys = [f"{split}{i}" for i in range(n)]
     write_embeddings(run, split, Embeddings(np.arange(n), keys, groups, labels, vectors, meta))
@@ -54,17 +59,22 @@ def experiment(tmp_path):
     return make(tmp_path / "run")
 
 
-def images(page: str) -> list[str]:
-    """Sources of the page's images; fails on a page that loads anything from elsewhere."""
-    sources = []
+def labels_of_pictures(page: str) -> list[str]:
+    """What the page's drawings are called; fails on a page that loads anything from elsewhere."""
+    found = []
 
     class Parser(html.parser.HTMLParser):
         def handle_starttag(self, tag, attrs):
-            assert tag not in ("script", "link", "iframe", "b-tag")
-            sources.extend(value for name, value in attrs if name in ("src", "href"))
+            assert tag not in ("link", "iframe", "b-tag", "object", "base")
+            for name, value in attrs:
+                if name in ("src", "href", "xlink:href"):
+                    assert value.startswith(("#", "data:image/")) and tag != "script", value
+                if tag == "svg" and name == "aria-label":
+                    found.append(value)
 
     Parser().feed(page)
-    return sources
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+    return found
 
 
 def test_figures_are_those_of_the_classifier_on_the_embeddings(experiment):
@@ -98,14 +108,16 @@ def test_the_report_folder_is_complete_and_self_contained(experiment):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = evaluate(experiment, progress=False, notice="Drawn, not photographed.")
     names = {path.name for path in (run / "report").iterdir()}
-    assert names == {f"{name}.png" for name in PICTURES | {"training"}} | {
+    assert names == {f"{name}.{kind}" for name in PICTURES | {"training"} for kind in ("png", "svg")} | {
         "metrics.json",
         "predictions_test.csv",
-        "report.html",
+        "index.html",
     }
-    page = (run / "report/report.html").read_text()
-    sources = images(page)
-    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
+    page = (run / "report/index.html").read_text()
+    shown = {*labels_of_pictures(page), "confusion"}  # which is a table there
+    assert shown == (PICTURES - {"embeddings_pca", "embeddings_tsne"}) | {
+        *("training", "PCA of the test embeddings", "t-SNE of the test embeddings")
+    }
     assert "Drawn, not photographed." in page and "not a medical device" in page
     for name in ("roc_auc", "pr_auc", "sensitivity", "specificity"):
         assert f"<b>{results['test'][name]['value']:.3f}</b>" in page
@@ -146,7 +158,7 @@ def test_a_failure_leaves_the_old_report_and_no_half_of_a_new_one(experiment, mo
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "_page", fail)
+    monkeypatch.setattr(report, "_page", fail)
     with pytest.raises(UserError, match=r"report: cannot be written \(No space left on device\)"):
         evaluate(experiment, progress=False)
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
@@ -157,8 +169,8 @@ def test_names_are_escaped_and_more_than_two_classes_work(tmp_path):
     classes = ["nevus $x$", "<b-tag>keratosis", 'mel & "noma"']
     experiment = make(tmp_path, {**META, "classes": classes, "positive": 2})
     results = evaluate(experiment, progress=False, notice="<b-tag>notice")
-    page = (tmp_path / "report/report.html").read_text()
-    images(page)
+    page = (tmp_path / "report/index.html").read_text()
+    labels_of_pictures(page)
     assert (
         "&lt;b-tag&gt;keratosis" in page
         and "mel &amp; &#34;noma&#34;" in page
@@ -175,7 +187,7 @@ def test_a_test_split_without_the_positive_class_still_reports(experiment):
     assert "roc_auc" not in results["test"] and "melanoma" in results["test"]["undefined"]["roc_auc"]
     assert not (run / "report/roc.png").exists()
     assert "undefined: no patient with images of melanoma" in headline(results)
-    assert "no patient with images of melanoma" in (run / "report/report.html").read_text()
+    assert "no patient with images of melanoma" in (run / "report/index.html").read_text()
 
 
 @pytest.mark.filterwarnings("error")
@@ -185,9 +197,9 @@ def test_figures_of_one_patient_are_told_without_an_interval(experiment):
     results = evaluate(experiment, progress=False)
     value = results["test"]["roc_auc"]["value"]
     assert f"ROC-AUC      {value:.3f}, no interval: one patient" in headline(results)
-    page = (run / "report/report.html").read_text()
+    page = (run / "report/index.html").read_text()
     assert f"<b>{value:.3f}</b>" in page and "<span>no interval: one patient</span>" in page
-    assert "None" not in page and 'alt="ROC curve"' in page
+    assert "None" not in page and ">ROC curve<" in page
     write(run, "test", 20, 5, labels=np.repeat([0, 1], [17, 3]), groups=["a"] * 9 + ["b"] * 8 + ["c"] * 3)
     results = evaluate(experiment, progress=False)
     assert "no interval: one patient with images of melanoma" in headline(results)
@@ -198,7 +210,7 @@ def test_draws_that_an_interval_lacks_are_told(experiment):
     run = experiment.run.folder
     write(run, "test", 20, 5, labels=np.repeat([0, 1], [17, 3]), groups=[f"p{i % 18}" for i in range(20)])
     lacking = evaluate(experiment, progress=False)["test"]["undefined_draws"]["roc_auc"]
-    page = " ".join((run / "report/report.html").read_text().split())
+    page = " ".join((run / "report/index.html").read_text().split())
     assert f"In test, {lacking} draws leave roc_auc undefined, and its interval does without them." in page
 
 

@@ -87,9 +87,9 @@ def test_the_demo_is_what_its_stages_are(folder: Path, moleprint) -> None:  # ty
     auc = test["roc_auc"]
     assert 0 <= auc["low"] <= auc["value"] <= auc["high"] <= 1
     assert re.search(rf"ROC-AUC +{auc['value']:.3f} \[{auc['low']:.3f}, {auc['high']:.3f}\]", done.out)
-    assert str(report / "report.html") in done.out
+    assert str(report / "index.html") in done.out
     assert "drawn by a computer" in done.out
-    assert "drawn by a computer" in (report / "report.html").read_text()
+    assert "drawn by a computer" in (report / "index.html").read_text()
 
 
 def test_run_repeats_only_what_changed(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
