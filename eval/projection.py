@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from eval.metrics import Bools, Floats, Ints
 
@@ -61,5 +62,8 @@ def _tsne(shown: NDArray[np.float32], seed: int) -> Plane:
     """t-SNE (van der Maaten & Hinton 2008), begun from the principal components, whose lie it keeps."""
     start = int(np.random.SeedSequence((seed, START)).generate_state(1)[0])
     perplexity = min(30.0, (len(shown) - 1) / 3)
-    model = TSNE(perplexity=perplexity, init="pca", random_state=start, n_jobs=1)
-    return Plane("t-SNE", "", "", model.fit_transform(shown.astype(np.float64)).astype(np.float64))
+    model = TSNE(perplexity=perplexity, init="pca", random_state=start)
+    # One thread: the same map on every machine; and on a busy one several wait for each other at every step.
+    with threadpool_limits(1):
+        points = model.fit_transform(shown.astype(np.float64))
+    return Plane("t-SNE", "", "", points.astype(np.float64))
