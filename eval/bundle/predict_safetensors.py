@@ -1,8 +1,9 @@
 """Image files -> calibrated probabilities, by PyTorch: python predict.py IMAGE …
 
-The network is built here from torchvision and linear layers; the file holds its tensors alone.
+The network is built here from torchvision (or timm) and linear layers; the file holds its tensors alone.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +20,13 @@ from torch import Tensor, nn
 def load(folder: Path) -> Callable[[Any], Any]:
     """Pixels (n, height, width, 3) -> probabilities (n, classes), embeddings (n, dim)."""
     tensors = load_file(folder / ABOUT["model"])
-    backbone = torchvision.models.get_model(ABOUT["backbone"], weights=None)
-    backbone.fc = nn.Linear(backbone.fc.in_features, ABOUT["embedding_dim"])
-    backbone.load_state_dict(_below(tensors, "encoder.backbone."))
-    backbone.eval()
+    encoder = _encoder(_below(tensors, "encoder.")).eval()
     members = [_member(_below(tensors, f"members.{number}.")) for number in range(_count(tensors))]
 
     def run(images: Any) -> Any:
         with torch.inference_mode():
             views = _views(_square(torch.from_numpy(images)))
-            total = torch.stack([F.normalize(backbone(view), dim=1) for view in views]).sum(dim=0)
+            total = torch.stack([F.normalize(encoder(view), dim=1) for view in views]).sum(dim=0)
             embeddings = F.normalize(total, dim=1)
             mean = torch.stack([member(embeddings) for member in members]).mean(dim=0)
             logits = mean / tensors["temperature"] - tensors["offset"]
@@ -39,6 +37,46 @@ def load(folder: Path) -> Callable[[Any], Any]:
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _encoder(tensors: dict[str, Tensor]) -> nn.Sequential:
+    """The backbone, its ImageNet classifier replaced by the projection, and the neck if there is one."""
+    backbone = _backbone(ABOUT["backbone"], ABOUT["preprocessing"]["size"])
+    linear = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)}
+    (place,) = (name for name, layer in linear.items() if layer.out_features == 1000)
+    parent, _, last = place.rpartition(".")
+    setattr(backbone.get_submodule(parent), last, _projection(_below(tensors, f"backbone.{place}.")))
+    backbone.load_state_dict(_below(tensors, "backbone."))
+    if not _below(tensors, "neck."):
+        return nn.Sequential(backbone)
+    neck = nn.BatchNorm1d(ABOUT["embedding_dim"])
+    neck.load_state_dict(_below(tensors, "neck."))
+    return nn.Sequential(backbone, neck)
+
+
+def _backbone(name: str, size: int) -> nn.Module:
+    if name.startswith("timm/"):
+        import timm
+
+        fixed = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        options = {"img_size": size} if fixed is not None and fixed.fixed_input_size else {}
+        model: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=1000, **options)
+        return model
+    backbone: nn.Module = torchvision.models.get_model(name, weights=None)
+    for keyword, value in (("image_size", size), ("input_size", (size, size))):
+        if keyword in inspect.signature(type(backbone)).parameters:
+            backbone = torchvision.models.get_model(name, weights=None, **{keyword: value})
+    return backbone
+
+
+def _projection(tensors: dict[str, Tensor]) -> nn.Module:
+    """A linear layer, or two with a norm between them."""
+    if "weight" in tensors:
+        width, before = tensors["weight"].shape
+        return nn.Linear(before, width)
+    (hidden, before), width = tensors["0.weight"].shape, len(tensors["3.weight"])
+    first = nn.Linear(before, hidden, bias="0.bias" in tensors)
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width))
 
 
 def _count(tensors: dict[str, Tensor]) -> int:
