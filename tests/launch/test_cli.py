@@ -1,5 +1,6 @@
 """Every verb from end to end on a tiny set, as a user types it, and what a user's mistakes are told."""
 
+import csv
 import json
 import re
 import shutil
@@ -137,16 +138,26 @@ def test_predict_agrees_with_the_report(folder: Path, moleprint, tmp_path: Path)
     expected = {row.split(",")[0]: float(row.split(",")[column]) for row in report[1:]}
     images = [folder / "images" / "images" / f"{key}.jpg" for key in expected]
     assert moleprint("predict", tmp_path / "run", *images, "--output", tmp_path / "out.csv").status == 0
-    rows = [row.split(",") for row in (tmp_path / "out.csv").read_text().splitlines()[1:]]
-    assert [float(row[-1]) for row in rows] == pytest.approx(list(expected.values()), abs=2e-4)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        found = [float(row["probability.melanoma"]) for row in csv.DictReader(file)]
+    assert found == pytest.approx(list(expected.values()), abs=1e-6)
 
 
 def test_a_broken_image_is_named_to_predict(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     done = moleprint("predict", folder / "run", broken)
-    assert done.status == 2
-    assert "broken.jpg" in done.err
+    assert done.status == 1
+    assert "broken.jpg" in done.out and "not an image" in done.out
+    assert "1 of 1 images have no verdict" in done.err
+
+
+def test_a_run_is_exported(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    output = tmp_path / "bundle"
+    done = moleprint("export", folder / "run", "--format", "safetensors", "--output", output)
+    assert done.status == 0, done.err
+    assert re.search(r"largest difference from the run: \d\.\de-\d\d in probability.*random images", done.out)
+    assert "16 real ones" in done.out and "drawn by a computer" in (output / "README.md").read_text()
 
 
 def test_bench_writes_its_rows(  # type: ignore[no-untyped-def]
@@ -195,6 +206,7 @@ MISTAKES = {
     "bench loader DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],
     "predict nowhere a.jpg": ["nowhere", "moleprint train"],
     "predict nowhere a.jpg --output .": ["."],
+    "export nowhere --format onnx --output new": ["nowhere", "moleprint train"],
 }
 
 
