@@ -59,7 +59,7 @@ def _backbone(name: str, size: int) -> nn.Module:
         import timm
 
         fixed = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-        options = {"img_size": size} if fixed is not None and fixed.fixed_input_size else {}
+        options: dict[str, Any] = {"img_size": size} if fixed is not None and fixed.fixed_input_size else {}
         model: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=1000, **options)
         return model
     backbone: nn.Module = torchvision.models.get_model(name, weights=None)
