@@ -37,7 +37,8 @@ TITLES = {
     "partial_auc": "partial AUC above 80 % sensitivity (at most 0.2)",
     "ppv": "PPV",
     "npv": "NPV",
-    "f1": "F1",
+    "map_at_r": "MAP@R",
+    "macro_f1": "F1, mean over classes",
     "flagged_per_found": "flagged for each one found",
     "brier": "Brier score (lower is better)",
     "calibration_error": "expected calibration error (lower is better)",
@@ -211,10 +212,11 @@ def _patients(test: Mapping[str, Any], group: str, positive: str) -> list[tuple[
         return []
     rows = [(f"{group}s", f"{of['groups']:,}, {of['positive']:,} with {positive}")]
     rows += [(TITLES.get(n, n), interval(of, n)) for n in ("roc_auc", "sensitivity", "specificity")]
-    first = f"{interval(duckling, 'top_1')}: a {positive} ranks first of its {group}'s images"
-    if "top_1_by_chance" in duckling:
-        first += f"; chance {duckling['top_1_by_chance']['value']:.3f}"
-    rows.append(("ugly duckling", f"{first} ({duckling['groups']:,} {group}s with both kinds)"))
+    if not duckling["groups"]:
+        return [*rows, ("ugly duckling", f"no {group} has images both of {positive} and not")]
+    first = f"{interval(duckling, 'top_1')}: a {positive} ranks first of its {group}'s images; chance"
+    chance = duckling["top_1_by_chance"]["value"]
+    rows.append(("ugly duckling", f"{first} {chance:.3f} ({duckling['groups']:,} {group}s with both kinds)"))
     return [*rows, (f"ROC-AUC within a {group}", interval(duckling, "within_auc"))]
 
 
@@ -223,7 +225,9 @@ def _retrieval(test: Mapping[str, Any]) -> list[tuple[str, str]]:
     of = test["embedding"]
     names = [n for n in [*of, *of["undefined"]] if "." not in n and n not in ("undefined_draws", "undefined")]
     return [
-        (_plain(n), interval(of, n)) for n in names if n in of["undefined"] or isinstance(of.get(n), dict)
+        (TITLES.get(n) or _plain(n), interval(of, n))
+        for n in names
+        if n in of["undefined"] or isinstance(of.get(n), dict)
     ]
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from configs.errors import UserError
 from configs.schema import Experiment
-from eval import report
+from eval import plots, report
 from eval.evaluate import evaluate, headline
 from eval.plots import read_curves, training_curves
 from train.classifier import load
@@ -52,6 +52,23 @@ def make(run: Path, meta=META) -> Experiment:
     )
     fit(experiment, progress=False)
     return experiment
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(monkeypatch):
+    """Most tests look at no picture, and a second of drawing each would be the most of their time."""
+
+    def save(figure, path):
+        path.touch()
+        path.with_suffix(".svg").write_text('<svg viewBox="0 0 1 1"></svg>')
+
+    monkeypatch.setattr(plots, "save", save)
+
+
+@pytest.fixture
+def drawn(blank_pictures, monkeypatch):
+    """Pictures after all."""
+    monkeypatch.undo()
 
 
 @pytest.fixture
@@ -102,7 +119,7 @@ def test_figures_are_those_of_the_classifier_on_the_embeddings(experiment):
             assert figure["low"] <= figure["value"] <= figure["high"] and math.isfinite(figure["value"])
 
 
-def test_the_report_folder_is_complete_and_self_contained(experiment):
+def test_the_report_folder_is_complete_and_self_contained(experiment, drawn):
     run = experiment.run.folder
     lines = [{"stage": "encoder", "step": i, "epoch": i / 2, "loss": 1 / (i + 1)} for i in range(6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -140,7 +157,7 @@ def test_predictions_hold_every_test_sample(experiment):
     assert [row["decision"] == "melanoma" for row in rows] == (scores >= classifier.threshold).tolist()
 
 
-def test_a_second_report_takes_the_place_of_the_first_and_repeats_it(experiment):
+def test_a_second_report_takes_the_place_of_the_first_and_repeats_it(experiment, drawn):
     run = experiment.run.folder
     evaluate(experiment, progress=False)
     first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
