@@ -149,6 +149,13 @@ class Predictor:
         return self._predict(wanted, self._heat_maps(heatmaps) if heatmaps else None, progress)
 
     @property
+    def remarks(self) -> list[str]:
+        """What must be known of all its predictions: lines to print."""
+        names = ", ".join(field.name for field in self.classifier.verdict.inputs.fields)
+        takes = f"the classifier takes {names} too, from tables and shards; of other images they are unknown"
+        return [line for line in (names and takes, str(self.about.get("notice", ""))) if line]
+
+    @property
     def id_columns(self) -> tuple[str, ...]:
         """Columns that may hold an image's id in a table, those of the run's own tables first."""
         config = self.run / "config.yaml"

@@ -233,9 +233,8 @@ def _predict(options: argparse.Namespace) -> None:
         threshold=predictor.threshold,
         limit=predictor.known.limit,
     )
-    for line in (*outcome.said(), predictor.about.get("notice"), NOT_A_DEVICE):
-        if line:
-            print(line, file=sys.stderr)
+    for line in (*outcome.said(), *predictor.remarks, NOT_A_DEVICE):
+        print(line, file=sys.stderr)
     sys.exit(1 if outcome.failed else 0)
 
 

@@ -19,7 +19,9 @@ from PIL import Image as Picture
 from sklearn.neighbors import NearestNeighbors
 
 from configs.errors import UserError
+from configs.load import load
 from eval import neighbours
+from eval.export import export
 from eval.inputs import Image, Listing, listing
 from eval.neighbours import Known
 from eval.predict import BATCH, Prediction, Predictor
@@ -27,6 +29,7 @@ from eval.predictions import check_output, format_of, write
 from launch import cli
 from shards.images import Ref
 from shards.shardset import SPLITS, ShardSet
+from train.classify import fit
 from train.embeddings import Embeddings, read_embeddings
 
 CLASSES = ["benign", "melanoma"]
@@ -358,3 +361,22 @@ def test_a_picture_shows_the_image_and_its_heat(
     with Picture.open(twice[0].heatmap) as picture:
         assert picture.size == (2 * 256 + 8, 256)
     assert twice[0].heatmap.read_bytes() == twice[1].heatmap.read_bytes() != twice[2].heatmap.read_bytes()
+
+
+def test_metadata_that_the_classifier_takes_come_from_tables_and_their_lack_is_told(
+    finished: Path, tiny_images: Path, few: list[Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    experiment = load(run / "config.yaml", [f"run.folder={run}", "classifier.metadata=[age, sex]"])
+    fit(experiment, progress=False)
+    predictor = Predictor(run, device="cpu")
+    table = {Path(p.image).stem: p for p in predictor.predict(tiny_images / "metadata.csv")}
+    data = [read_embeddings(run, split) for split in SPLITS]
+    for of in data:
+        expected = predictor.classifier.probabilities(of.vectors, of.metadata)
+        assert [table[key].probabilities["melanoma"] for key in of.keys] == pytest.approx(expected[:, 1])
+    alone = next(predictor.predict(few[1]))
+    assert alone.probabilities != pytest.approx(table[few[1].stem].probabilities, abs=1e-9)
+    assert "takes age, sex too" in predictor.remarks[0]
+    with pytest.raises(UserError, match="takes age, sex beside the image"):
+        export(run, "safetensors", tmp_path / "bundle")
