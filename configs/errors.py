@@ -1,4 +1,7 @@
-"""The one error that a user's mistake raises."""
+"""The one error that a user's mistake raises, and the exit status of a run that can be taken up again."""
+
+RESUMABLE = 75
+"""Exit status of training that ended early and goes on by the same command: EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(ValueError):
@@ -16,3 +19,12 @@ class DamagedDataError(UserError):
     """A rank read damaged samples."""
 
     one_rank = True
+
+
+class StageError(Exception):
+    """A stage ended early, and the user has been told why."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+        """What the command ends with."""

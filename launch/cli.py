@@ -7,13 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import StageError, UserError
 from configs.help import describe
 from configs.schema import Experiment
-from launch import stages
-from launch.torchrun import StageError
+from launch import job, stages
 
 # Stage verb: (its function, the sections it reads, what it does).
 STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str]] = {
@@ -44,15 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends it with status 2 and one line a mistake."""
     if not sys.stderr.isatty():  # a log file: a progress line now and then, not ten a second
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.action(options)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except StageError:  # the stage's own processes have said why
-        sys.exit(2)
+    except StageError as error:  # the stage's own processes have said why
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print(
             "interrupted; run it again: what is finished stays, training goes on from its newest checkpoint",
@@ -61,6 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; `section.key=value` may stand anywhere, which argparse allows only in one place."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(action=lambda o: stages.run_all(stages.Call.of(DEMO, o.overrides)))
 
+    _add_launch(add("launch", LAUNCH, ("train",)))
+
     verb = add("verify", "prove from the shards alone that a set is whole and does not leak")
     verb.add_argument("folder", metavar="FOLDER", help="shard set")
     verb.add_argument("--quick", action="store_true", help="skip decoding every image")
@@ -117,6 +131,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+LAUNCH = "run a stage on GPUs of this host, of several, or under SLURM; shows the call before it makes it"
+
+
+def _add_launch(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/demo.yaml")
+    launch.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    launch.add_argument("--stage", choices=job.STAGES, default="train", help="what to run; default train")
+    launch.add_argument(
+        "--gpus", type=int, metavar="N", help="on each host, a process each; train.processes if not given"
+    )
+    launch.add_argument(
+        "--nodes", default=os.environ.get("PET_NNODES", "1"), metavar="N", help="hosts, or MIN:MAX; default 1"
+    )
+    launch.add_argument(
+        "--rendezvous",
+        default=os.environ.get("PET_RDZV_ENDPOINT", ""),
+        metavar="HOST:PORT",
+        help="where several hosts meet: one of them; start the same command on each",
+    )
+    launch.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help=f"times to start again after a lost rank; default {job.RESTARTS} with several hosts, else 0",
+    )
+    launch.add_argument("--slurm", action="store_true", help="hand the job to SLURM, with sbatch")
+    launch.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch: --sbatch=--partition=gpu"
+    )
+    launch.add_argument("--dry-run", action="store_true", help="show the call, and make none")
+    launch.set_defaults(action=_launch)
+
+
 BENCH = "Measure, with peers in the same run on the same images."
 
 
@@ -140,6 +187,20 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     shards.set_defaults(action=_bench_shards)
     for subject in (loader, shards):
         subject.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
+
+
+def _launch(options: argparse.Namespace) -> None:
+    asked = replace(
+        stages.Call.of(options.config, options.overrides).job(options.stage),
+        gpus=options.gpus,
+        nodes=options.nodes,
+        rendezvous=options.rendezvous,
+        restarts=options.max_restarts,
+    )
+    if options.slurm:
+        asked.sbatch(options.sbatch, dry=options.dry_run)
+    else:
+        asked.run(show=True, dry=options.dry_run)
 
 
 def _verify(options: argparse.Namespace) -> None:
