@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
+from launch.cluster import first_node
 
 PORT = 29400
 """Where hosts meet unless an address names another: torchrun's own default."""
@@ -131,7 +132,7 @@ def route_to(endpoint: str, *, patience: float = PATIENCE) -> Route:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 probe.connect((theirs, port))  # sends nothing: the kernel only chooses the way
                 mine = str(probe.getsockname()[0])
-            return Route(mine, _interface_of(mine), mine == theirs)
+            return Route(mine, _interface_of(mine), mine == theirs and first_node())
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise UserError(

@@ -50,7 +50,9 @@ def torchrun(arguments: Sequence[str], logs: Path) -> None:
         UserError: if the hosts do not come together.
         KeyboardInterrupt: after Ctrl-C.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each of torch's has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     setattr(api, "LocalElasticAgent", _Agent)  # noqa: B010  # torch has no other way to put one in its place
     parsed = torch_run.parse_args(list(arguments))  # type: ignore[no-untyped-call]
     if parsed.standalone:  # as torch's own run() does

@@ -11,14 +11,13 @@ import math
 import sys
 import time
 from contextlib import closing
-from typing import Any, Never
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import Experiment
@@ -31,6 +30,7 @@ from shards.shardset import ShardSet
 from train import checkpoint, model, runfolder
 from train.centroids import Centroids
 from train.checkpoint import Progress
+from train.console import Console
 from train.distributed import (
     World,
     barrier,
@@ -43,7 +43,8 @@ from train.distributed import (
 from train.embed import embed, evaluation_loader
 from train.entry import start
 from train.learner import Learner, Outcome, spread
-from train.meter import Meter
+from train.meter import Meter, gpu_memory
+from train.profiler import Profiler
 from train.tracking import Tracker
 
 DIVERGED = "lower train.lr, or set train.precision=float32; a new run.folder starts from the beginning"
@@ -126,8 +127,13 @@ class Trainer:
         self.tracker = Tracker(
             experiment, "encoder", rank=world.rank, after=self.progress.step, run_id=self.progress.run_id
         )
+        self.tracker.dataset(self.shards, experiment.pack.output)
         self.progress.run_id = self.tracker.run_id
         self.meter = Meter()
+        self.profiler = Profiler(experiment.tracking.profile, self.folder, world.rank)
+        self.console = Console(
+            steps=self.steps, epochs=self.settings.epochs, start=self.progress.step, active=world.main
+        )
 
     def _build(self, state: dict[str, Any] | None) -> None:
         """Encoder, objective, optimiser, and their state if the run goes on."""
@@ -174,24 +180,22 @@ class Trainer:
     def train_epoch(self) -> None:
         """From the current step to the end of its epoch."""
         self.learner.train()
-        epoch, done = divmod(self.progress.step, self.steps)
-        if not done:
+        if self.progress.step % self.steps == 0:
             self.centroids.clear()
-        with self._bar(f"epoch {epoch + 1}/{self.settings.epochs}", done) as bar:
-            for batch in self.meter.waiting(iter(self.loader)):
-                if self.progress.step == 0:
-                    self._log_images(batch)
-                outcome, norm = self.train_step(batch)
-                self.centroids.add(outcome.embeddings, outcome.labels)
-                self.progress.step += 1
-                bar.update(self.experiment.loader.global_batch)
-                self.meter.add(self.experiment.loader.global_batch, {**outcome.figures, "grad_norm": norm})
-                ended = self.progress.step % self.steps == 0
-                saving = self._due(self.settings.checkpoint_every) and not ended
-                if saving or ended or self._due(self.experiment.tracking.log_every):
-                    bar.set_postfix_str(self._log(), refresh=False)  # refuses a loss that is not finite
-                if saving:
-                    self.save()
+        for batch in self.meter.waiting(iter(self.loader)):
+            if self.progress.step == 0:
+                self._log_images(batch)
+            outcome, norm = self.train_step(batch)
+            self.centroids.add(outcome.embeddings, outcome.labels)
+            self.progress.step += 1
+            self.profiler.step(self.progress.step)
+            self.meter.add(self.experiment.loader.global_batch, {**outcome.figures, "grad_norm": norm})
+            ended = self.progress.step % self.steps == 0
+            saving = self._due(self.settings.checkpoint_every) and not ended
+            if saving or ended or self._due(self.experiment.tracking.log_every):
+                self._log()  # refuses a loss that is not finite
+            if saving:
+                self.save()
 
     def train_step(self, batch: Batch) -> tuple[Outcome, torch.Tensor]:
         """One optimiser step; returns what happened and the gradient's norm."""
@@ -241,10 +245,13 @@ class Trainer:
                 "val_seconds": time.perf_counter() - started,
             },
         )
+        self.tracker.embeddings(self.progress.step, self.shards, index, vectors)
         if self.world.main:
             best = "best" if not self.progress.stale else f"best {self.progress.best_auc:.3f}"
-            tqdm.write(
-                f"epoch {self.progress.step // self.steps}: validation AUC {auc:.3f} ({best})", sys.stderr
+            print(
+                f"epoch {self.progress.step // self.steps}: validation AUC {auc:.3f} ({best})",
+                file=sys.stderr,
+                flush=True,
             )
         self.meter.reset()
 
@@ -281,9 +288,11 @@ class Trainer:
         }
         runfolder.save_encoder(self.folder, self.encoder, about)
         self.tracker.figures({"best_val_roc_auc": self.progress.best_auc}, {})
+        self.tracker.encoder()
 
     def close(self) -> None:
         """End the loaders' threads and let go of the cache."""
+        self.profiler.close()
         self.loader.close()
         self.validation.close()
         if self.cache is not None:
@@ -300,17 +309,7 @@ class Trainer:
         labels = self.shards.labels[self.shards.split("train")]
         return torch.from_numpy(len(labels) / classes / np.bincount(labels, minlength=classes)).float()
 
-    def _bar(self, name: str, done: int) -> "tqdm[Never]":
-        images = self.experiment.loader.global_batch
-        return tqdm(
-            desc=name,
-            total=self.steps * images,
-            initial=done * images,
-            unit="image",
-            disable=not self.world.main,
-        )
-
-    def _log(self) -> str:
+    def _log(self) -> None:
         """Log the steps since the last line; here alone the host waits for the device."""
         figures = self.meter.read()
         if not math.isfinite(figures["loss"]):
@@ -319,9 +318,11 @@ class Trainer:
             "epoch": self.progress.step / self.steps,
             "lr": self.optimizer.param_groups[0]["lr"],
             "replaced_samples": total(len(self.loader.source.substitutes), self.world.device),
+            "seconds_left": self.console.seconds_left(self.progress.step),
+            **gpu_memory(self.world.device),
         }
         self.tracker.log(self.progress.step, figures)
-        return f"loss {figures['loss']:.3f}, waiting {figures['data_wait']:.0%}"
+        self.console.show(self.progress.step, figures)
 
     def _log_images(self, batch: Batch) -> None:
         settings = self.experiment.loader
