@@ -4,6 +4,7 @@ moleprint VERB CONFIG [section.key=value …]
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -118,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, metavar="FILE", help="CSV to write; printed if not given")
     verb.set_defaults(action=_predict)
 
+    verb = add("watch", "a live view of a run folder in the terminal, also of a run on another host")
+    verb.add_argument("run", type=Path, metavar="RUN", help="run folder; its metrics.jsonl is read")
+    verb.add_argument("--once", action="store_true", help="show it once and end")
+    verb.set_defaults(action=_watch)
+
     verb = add("doctor", "check this machine")
     verb.set_defaults(action=_doctor)
 
@@ -214,6 +220,13 @@ def _predict(options: argparse.Namespace) -> None:
 
     check_output(options.output)
     write(predict(options.run, options.images), options.output)
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from launch.watch import watch
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        watch(options.run, once=options.once)
 
 
 def _doctor(options: argparse.Namespace) -> None:
