@@ -124,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--once", action="store_true", help="show it once and end")
     verb.set_defaults(action=_watch)
 
-    verb = add("doctor", "check this machine")
+    verb = add("doctor", "check this machine, with a remedy for what is amiss; status 1 if it cannot run")
+    verb.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG", help="YAML file whose folders are tried"
+    )
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    verb.add_argument("--json", action="store_true", help="print what was found for machines")
     verb.set_defaults(action=_doctor)
 
     verb = add("inspect", "show what a shard set holds: a table, and a contact sheet of its images")
@@ -232,7 +237,12 @@ def _watch(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from launch.doctor import examine
 
-    sys.exit(examine())
+    folders: list[Path] = []
+    if options.config:
+        experiment = stages.Call.of(options.config, options.overrides).experiment
+        places = (str(experiment.pack.output), str(experiment.run.folder))
+        folders = [Path(place) for place in places if "://" not in place]
+    sys.exit(examine(folders, as_json=options.json))
 
 
 def _inspect(options: argparse.Namespace) -> None:

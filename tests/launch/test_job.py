@@ -49,8 +49,9 @@ def test_what_the_user_has_set_stays() -> None:
     assert mine["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
-def test_torchrun_understands_every_call() -> None:
+def test_torchrun_understands_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read back by torchrun's own parser."""
+    monkeypatch.chdir(tmp_path)  # it makes the logs' folder
     several = demo(nodes="2:4", rendezvous="node01")
     parsed = parse_args(several.torchrun(8, settings(BIG, 8, AWAY, {})))
     config, _, words = config_from_args(parsed)
