@@ -93,7 +93,13 @@ def _network(host: Host, route: Route) -> list[Setting]:
         Setting(
             "--local-addr", route.address, "other hosts reach this one here, whatever its name resolves to"
         ),
-        Setting("--rdzv-conf", f"is_host={int(route.is_host)},last_call_timeout=15", _meeting(route)),
+        Setting(
+            "--rdzv-conf",
+            f"is_host={int(route.is_host)},last_call_timeout=15,read_timeout=300",
+            _meeting(route),
+        ),
+        # torch's store, shared over restarts, is announced in the first round only (pytorch #135712).
+        Setting("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1", "a host that comes back finds the others"),
     ]
     if route.interface:
         why = f"the interface that leads to the other hosts; {{}} would guess among {_interfaces()}"
@@ -106,7 +112,7 @@ def _network(host: Host, route: Route) -> list[Setting]:
 
 def _meeting(route: Route) -> str:
     where = "all meet at this host" if route.is_host else "all meet at another host"
-    return f"{where}; once enough are there, wait 15 s for more"
+    return f"{where}, in 300 s; once enough are there, 15 s for more"
 
 
 def _kept(setting: Setting, environment: Mapping[str, str]) -> Setting:

@@ -70,6 +70,7 @@ class Job:
             from launch.torchrun import torchrun
 
             os.environ.update(variables)
+            os.environ.setdefault("TQDM_MININTERVAL", "10")  # ranks write to files: seldom, and whole lines
             torchrun(arguments, self.logs)
 
     def ranks(self, host: Host) -> int:

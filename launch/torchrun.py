@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -70,7 +71,7 @@ def torchrun(arguments: Sequence[str], logs: Path) -> None:
         except RendezvousClosedError:
             _say("error: the other hosts have ended this run; what they print says why")
             raise StageError(1) from None
-        except RendezvousError as error:
+        except (RendezvousError, DistError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(
                 f"the hosts did not come together at {config.rdzv_endpoint} ({reason[:200]}); start the same "

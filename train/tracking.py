@@ -217,6 +217,7 @@ def _start(experiment: Experiment, stage: str, run_id: str, mode: str) -> Any:
             file=sys.stderr,
             flush=True,
         )
+        wandb.teardown()  # its service holds the id of the run that could not begin
         run = wandb.init(mode="offline", **{**arguments, "resume": None})
     run.define_metric(f"{stage}/step", hidden=True)
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")

@@ -10,6 +10,7 @@
 set -eu
 
 if [ -n "${HEAD:-}" ]; then
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a host that comes back finds the others: pytorch #135712
   set -- --nnodes="${NODES:?how many hosts, or MIN:MAX}" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" \
     --rdzv-id="${RUN:-moleprint}" --max-restarts="${RESTARTS:-3}" \
     --nproc-per-node="${GPUS:-auto}" -m "${MODULE:-train.encoder}" "$@"
