@@ -25,7 +25,9 @@ INTERVAL = 1.0
 """Seconds between two looks."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 48
-"""Characters of a curve."""
+"""Characters of a curve at most."""
+FIGURES = 60
+"""Characters beside it."""
 QUIET = 120
 """Seconds without a line after which that is said in colour."""
 CURVES: Mapping[str, Sequence[tuple[str, str, str]]] = {
@@ -86,23 +88,27 @@ def watch(run: Path, *, once: bool = False, console: Console | None = None) -> N
         raise UserError(f"{run}: no such folder; give the run folder (run.folder) of an experiment")
     console = console or Console()
     log = Log(run / "metrics.jsonl")
-    log.update()
+
+    def look() -> RenderableType:
+        log.update()
+        return frame(run, log.rows, time.time(), width=min(WIDTH, max(8, console.width - FIGURES)))
+
     if once:
-        console.print(frame(run, log.rows, time.time()))
+        console.print(look())
         return
-    with Live(frame(run, log.rows, time.time()), console=console, auto_refresh=False) as live:
+    with Live(look(), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(INTERVAL)
-            log.update()
-            live.update(frame(run, log.rows, time.time()), refresh=True)
+            live.update(look(), refresh=True)
 
 
-def frame(run: Path, rows: Sequence[Row], now: float) -> RenderableType:
+def frame(run: Path, rows: Sequence[Row], now: float, *, width: int = WIDTH) -> RenderableType:
     """One picture of a run.
 
     Args:
         rows: of its log.
         now: seconds since 1970.
+        width: characters of a curve.
     """
     stages = [stage for stage in CURVES if any(row["stage"] == stage for row in rows)]
     if not stages:
@@ -111,7 +117,7 @@ def frame(run: Path, rows: Sequence[Row], now: float) -> RenderableType:
     parts: list[RenderableType] = []
     for stage in stages:
         mine = [row for row in rows if row["stage"] == stage]
-        parts += [_head(run, stage, mine, now), _curves(stage, mine)]
+        parts += [_head(run, stage, mine, now), _curves(stage, mine, width)]
     return Panel(Group(*parts), title=str(run), title_align="left")
 
 
@@ -131,7 +137,7 @@ def _head(run: Path, stage: str, rows: Sequence[Row], now: float) -> Text:
     return text.append(f"  last line {clock(quiet)} ago", style=style)
 
 
-def _curves(stage: str, rows: Sequence[Row]) -> Table:
+def _curves(stage: str, rows: Sequence[Row], width: int) -> Table:
     series: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row.items():
@@ -151,11 +157,11 @@ def _curves(stage: str, rows: Sequence[Row]) -> Table:
             now, least, most = (format(v, form) for v in (values[-1], min(values), max(values)))
             if name == "gpu_memory" and series["gpu_memory_total"]:
                 now += f" of {series['gpu_memory_total'][-1]:.0f}"
-            table.add_row(title, f"[bold]{now}", least, most, f"[cyan]{sparkline(values)}")
+            table.add_row(title, f"[bold]{now}", least, most, f"[cyan]{sparkline(values, width)}")
     return table
 
 
-def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """A curve in at most `width` characters, each the mean of its share of the values."""
     count = min(width, len(values))
     parts = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]

@@ -115,7 +115,14 @@ def test_it_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.7500" in said and "0.2500" in said
 
 
+def test_a_narrow_terminal_gets_short_curves_not_cut_ones(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(line(step, loss=1 / step) for step in range(1, 200)))
+    console = Console(file=io.StringIO(), width=80)
+    watch.watch(tmp_path, once=True, console=console)
+    assert "▁" in console.file.getvalue() and "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_curve_is_scaled_and_shortened() -> None:
-    assert sparkline([0, 1]) == "▁█" and sparkline([3.0]) == "▁" and sparkline([2, 2, 2]) == "▁▁▁"
+    assert sparkline([0, 1], 9) == "▁█" and sparkline([3.0], 9) == "▁" and sparkline([2, 2, 2], 9) == "▁▁▁"
     assert sparkline(range(800), width=8) == "▁▂▃▄▅▆▇█"
-    assert len(sparkline(range(1000))) == watch.WIDTH
+    assert len(sparkline(range(1000), 48)) == 48
