@@ -116,8 +116,9 @@ class Tracker:
     def figures(self, values: dict[str, float], pictures: dict[str, Path]) -> None:
         """The stage's final figures and plots, in the run's summary."""
         self._do(lambda run: run.summary.update(self._named(values)))
-        loaded = {name: path.read_bytes() for name, path in pictures.items()} if self._window else {}
-        self._show(lambda: {name: _picture(data) for name, data in loaded.items()})
+        if self._window and pictures:
+            loaded = {name: path.read_bytes() for name, path in pictures.items()}  # they may be replaced
+            self._show(lambda: {name: _picture(data) for name, data in loaded.items()})
 
     def close(self, failed: bool = False) -> None:
         """Flush and leave W&B."""
