@@ -229,7 +229,7 @@ def test_what_an_offline_run_holds(tiny_experiment: Any, tmp_path: Path) -> None
     assert (shards.type, shards.use_after_commit) == ("dataset", True)
     assert json.loads(shards.metadata)["sha256"] == ShardSet.of(made).sha256
     entries = {entry.path: entry for entry in shards.manifest.contents}
-    assert entries["dataset.json"].ref == (made.pack.output / "dataset.json").resolve().as_uri()
+    assert entries["dataset.json"].ref == (Path(made.pack.output) / "dataset.json").resolve().as_uri()
     encoder = held["artifacts"]["run-encoder"]
     assert (encoder.type, encoder.use_after_commit, list(encoder.aliases)) == ("model", False, ["best"])
     assert {entry.path for entry in encoder.manifest.contents} == {"encoder.safetensors", "encoder.json"}
