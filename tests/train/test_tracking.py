@@ -231,7 +231,11 @@ def test_what_an_offline_run_holds(tiny_experiment: Any, tmp_path: Path) -> None
     entries = {entry.path: entry for entry in shards.manifest.contents}
     assert entries["dataset.json"].ref == (Path(made.pack.output) / "dataset.json").resolve().as_uri()
     encoder = held["artifacts"]["run-encoder"]
-    assert (encoder.type, encoder.use_after_commit, list(encoder.aliases)) == ("model", False, ["best"])
+    assert (encoder.type, encoder.use_after_commit, list(encoder.aliases)) == (
+        "model",
+        False,
+        ["best", "latest"],
+    )
     assert {entry.path for entry in encoder.manifest.contents} == {"encoder.safetensors", "encoder.json"}
     (trace,) = (tmp_path / "run/trace").iterdir()
     assert trace.name == "rank-0-steps-2-4.json.gz"
