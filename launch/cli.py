@@ -201,6 +201,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a host that ends before another is no news
     asked = replace(
         stages.Call.of(options.config, options.overrides).job(options.stage),
         gpus=options.gpus,
