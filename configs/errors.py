@@ -19,3 +19,12 @@ class DamagedDataError(UserError):
     """A rank read damaged samples."""
 
     one_rank = True
+
+
+class StageError(Exception):
+    """A stage ended early, and the user has been told why."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+        """What the command ends with."""

@@ -83,7 +83,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        presets = ", ".join(f"configs/{p.name}" for p in sorted(Path(__file__).parent.glob("*.yaml")))
+        files = sorted(Path(__file__).parent.glob("*.yaml"))
+        presets = ", ".join(f"configs/{p.name}" for p in files if p.name != "sweep.yaml")
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot read this configuration ({reason}); presets: {presets}") from None
 

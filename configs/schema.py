@@ -7,7 +7,9 @@ torch or DALI.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from configs.fields import Count, CountOrAuto, Section
 from configs.judging import Classifier, Embed, Evaluate
@@ -27,12 +29,28 @@ class Tracking(Section):
     """W&B team or user; the account's default if not given."""
     name: str | None = None
     """Run name; the run folder's name if not given."""
+    group: str | None = None
+    """Runs that W&B shows together, such as the folds of one set or the seeds of one recipe."""
     tags: tuple[str, ...] = ()
     """Run tags."""
     log_every: Count = 10
     """Steps between logged lines."""
     images: CountOrAuto = 16
     """Augmented training images logged once at the start."""
+    triplets: CountOrAuto = 8
+    """Hardest triplets of the validation split shown at each validation; 0 shows none."""
+    projection: CountOrAuto = 2000
+    """Validation samples at most in the table and plot of embeddings, at each validation; 0 makes none."""
+    artifacts: bool = True
+    """Whether the shard set (by reference) and the encoder become W&B artifacts, with lineage."""
+    profile: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    """Steps FIRST:LAST that torch's profiler traces on every rank, such as 20:25, to RUN/trace/*.json.gz."""
+
+    @model_validator(mode="after")
+    def _profiles_something(self) -> "Tracking":
+        if self.profile and int(self.profile.split(":")[0]) >= int(self.profile.split(":")[1]):
+            raise ValueError(f"profile: the last step must come after the first, found {self.profile}")
+        return self
 
 
 class Run(Section):

@@ -4,16 +4,17 @@ moleprint VERB CONFIG [section.key=value …]
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import StageError, UserError
 from configs.help import describe
 from configs.schema import Experiment
-from launch import stages
-from launch.torchrun import StageError
+from launch import job, stages
 
 # Stage verb: (its function, the sections it reads, what it does).
 STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str]] = {
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(action=lambda o: stages.run_all(stages.Call.of(DEMO, o.overrides)))
 
+    _add_launch(add("launch", LAUNCH, ("train",)))
+
     verb = add("verify", "prove from the shards alone that a set is whole and does not leak")
     verb.add_argument("folder", metavar="FOLDER", help="shard set")
     verb.add_argument("--quick", action="store_true", help="skip decoding every image")
@@ -145,7 +148,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", type=Path, metavar="FILE", help="all figures, for machines")
     verb.set_defaults(action=_compare)
 
-    verb = add("doctor", "check this machine")
+    verb = add("watch", "a live view of a run folder in the terminal, also of a run on another host")
+    verb.add_argument("run", type=Path, metavar="RUN", help="run folder; its metrics.jsonl is read")
+    verb.add_argument("--once", action="store_true", help="show it once and end")
+    verb.set_defaults(action=_watch)
+
+    verb = add("doctor", "check this machine, with a remedy for what is amiss; status 1 if it cannot run")
+    verb.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG", help="YAML file whose folders are tried"
+    )
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    verb.add_argument("--json", action="store_true", help="print what was found for machines")
     verb.set_defaults(action=_doctor)
 
     verb = add("inspect", "show what a shard set holds: a table, and a contact sheet of its images")
@@ -172,6 +185,39 @@ PREDICT = """IMAGES are any of
 An image that cannot be used has a line with its `error`, the rest go on, and the status is 1 in the end.
 Probabilities are calibrated. `distance` is that to the 10th nearest training image: where it exceeds
 `distance_limit`, that of 99% of the validation images, it is out of distribution, its verdict a guess."""
+LAUNCH = "run a stage on GPUs of this host, of several, or under SLURM; shows the call before it makes it"
+
+
+def _add_launch(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/demo.yaml")
+    launch.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    launch.add_argument("--stage", choices=job.STAGES, default="train", help="what to run; default train")
+    launch.add_argument(
+        "--gpus", type=int, metavar="N", help="on each host, a process each; train.processes if not given"
+    )
+    launch.add_argument(
+        "--nodes", default=os.environ.get("PET_NNODES", "1"), metavar="N", help="hosts, or MIN:MAX; default 1"
+    )
+    launch.add_argument(
+        "--rendezvous",
+        default=os.environ.get("PET_RDZV_ENDPOINT", ""),
+        metavar="HOST:PORT",
+        help="where several hosts meet: one of them; start the same command on each",
+    )
+    launch.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help=f"times to start again after a lost rank; default {job.RESTARTS} with several hosts, else 0",
+    )
+    launch.add_argument("--slurm", action="store_true", help="hand the job to SLURM, with sbatch")
+    launch.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch: --sbatch=--partition=gpu"
+    )
+    launch.add_argument("--dry-run", action="store_true", help="show the call, and make none")
+    launch.set_defaults(action=_launch)
+
+
 BENCH = "Measure, with peers in the same run on the same images."
 
 
@@ -207,6 +253,21 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
     for subject in (loader, step, shards, training):
         subject.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
+
+
+def _launch(options: argparse.Namespace) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a host that ends before another is no news
+    asked = replace(
+        stages.Call.of(options.config, options.overrides).job(options.stage),
+        gpus=options.gpus,
+        nodes=options.nodes,
+        rendezvous=options.rendezvous,
+        restarts=options.max_restarts,
+    )
+    if options.slurm:
+        asked.sbatch(options.sbatch, dry=options.dry_run)
+    else:
+        asked.run(show=True, dry=options.dry_run)
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -255,10 +316,22 @@ def _compare(options: argparse.Namespace) -> None:
     print("\n".join(said(results)))
 
 
+def _watch(options: argparse.Namespace) -> None:
+    from launch.watch import watch
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        watch(options.run, once=options.once)
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from launch.doctor import examine
 
-    sys.exit(examine())
+    folders: list[Path] = []
+    if options.config:
+        experiment = stages.Call.of(options.config, options.overrides).experiment
+        places = (str(experiment.pack.output), str(experiment.run.folder))
+        folders = [Path(place) for place in places if "://" not in place]
+    sys.exit(examine(folders, as_json=options.json))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Which of several packers this process is, as torchrun, srun or a SLURM array says."""
+"""Which of several processes or nodes this is, as torchrun, srun or a SLURM array says."""
 
 import os
 from collections.abc import Mapping
@@ -22,6 +22,11 @@ def part(environment: Mapping[str, str] = os.environ) -> Part:
     if "SLURM_STEP_ID" in environment:  # under srun; in a batch script alone there is one process
         return Part(number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1))
     return ALONE
+
+
+def first_node(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this may be the first node of a job: not one that SLURM counts as another."""
+    return environment.get("SLURM_NODEID", "0") == "0"
 
 
 def cores(environment: Mapping[str, str] = os.environ) -> int:

@@ -1,5 +1,6 @@
 """`moleprint doctor`: is this machine ready? A line a check: what was found, and the remedy."""
 
+import json
 import netrc
 import os
 import platform
@@ -7,15 +8,31 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from launch import probes
+
 GIB = 1 << 30
 INSTALL_AGAIN = "install again: `rm -rf .venv`, then `make setup`"
+DRIVERS = {"11": "450.80", "12": "525.60", "13": "580.65"}
+"""CUDA -> the oldest driver that runs builds for it (NVIDIA, CUDA compatibility)."""
+ALL_REDUCE = {"nccl": 2.0, "gloo": 0.1}
+"""Backend -> GB/s on one host below which something is wrong: PCIe 3 gives about 8, NVLink 100 and more."""
+ALL_REDUCE_REMEDY = (
+    "see what NCCL_DEBUG=INFO says; in a container, more --shm-size; NCCL_P2P_DISABLE=1 as a test"
+)
+READ, WRITE = 100, 50
+"""MB/s: 4,000 photographs a second of 256 pixels are 68 read; a checkpoint of a ResNet-50 is 300 MB."""
+CLOCK = 2.0
+"""Seconds that a clock may be off."""
+NTP = "run chrony or systemd-timesyncd: hosts whose clocks differ log in an order that misleads"
 
 
 @dataclass(frozen=True)
@@ -38,16 +55,28 @@ class Check:
     """If the look itself ends in an error."""
 
 
-def examine() -> int:
-    """Print a line a check; 0 if none failed, else 1."""
-    findings = []
-    for check in CHECKS:
+def examine(folders: Sequence[Path] = (), *, as_json: bool = False) -> int:
+    """Look at everything and print a line a check, or one JSON value for machines.
+
+    Args:
+        folders: that will hold shards and runs; the current one if none are given.
+
+    Returns:
+        0 if nothing failed, else 1.
+    """
+    rows = []
+    for check in checks(folders or (Path(),)):
         finding = _look(check)
-        findings.append(finding.state)
-        remedy = f" → {finding.remedy}" if finding.remedy else ""
-        print(f"{finding.state:6}{check.name:12}{finding.found}{remedy}", flush=True)
-    failed, warned = findings.count("fail"), findings.count("warn")
-    print(f"{len(findings)} checks: {failed} failed, {warned} with a warning")
+        rows.append({"check": check.name, **asdict(finding)})
+        if not as_json:
+            remedy = f" → {finding.remedy}" if finding.remedy else ""
+            print(f"{finding.state:6}{check.name:12}{finding.found}{remedy}", flush=True)
+    states = [row["state"] for row in rows]
+    failed, warned = states.count("fail"), states.count("warn")
+    if as_json:
+        print(json.dumps({"failed": failed, "warned": warned, "checks": rows}, indent=2))
+    else:
+        print(f"{len(rows)} checks: {failed} failed, {warned} with a warning")
     return int(failed > 0)
 
 
@@ -76,8 +105,7 @@ def _gpus() -> Finding:
     driver, cuda = _driver(), torch.version.cuda
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if gpus:
-        names = [f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in gpus]
-        return Finding("ok", f"{', '.join(names)}; driver {driver or 'unknown'}")
+        return Finding("ok", ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in gpus))
     if driver:
         remedy = f"update it to one for CUDA {cuda}, or unset CUDA_VISIBLE_DEVICES"
         return Finding(
@@ -86,6 +114,41 @@ def _gpus() -> Finding:
             remedy if cuda else "install a torch built for CUDA",
         )
     return Finding("ok", "none: everything runs on the CPU")
+
+
+def _cuda_driver() -> Finding:
+    """The driver against what torch and DALI were built for."""
+    import torch
+
+    driver = _driver()
+    if not driver:
+        return Finding("ok", "none, and none is needed on the CPU")
+    builds = {"torch": torch.version.cuda or "", "DALI": probes.dali_cuda()}
+    needs = {
+        name: DRIVERS[major] for name, cuda in builds.items() if (major := cuda.split(".")[0]) in DRIVERS
+    }
+    told = ", ".join(f"{name} (CUDA {builds[name]}) needs {needs[name]}" for name in needs)
+    late = [name for name, need in needs.items() if probes.version(driver) < probes.version(need)]
+    if late:
+        remedy = "update the driver, or install builds for its CUDA (README: Two commands)"
+        return Finding("fail", f"{driver} is too old: {told}", remedy)
+    return Finding("ok", f"{driver}; {told or 'nothing here was built for CUDA'}")
+
+
+def _all_reduce() -> Finding:
+    """Between all GPUs, or two processes where there are none or one."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return Finding("ok", "one GPU: nothing to exchange")
+    measured = probes.all_reduce(gpus or 2)
+    speed, backend = measured["gigabytes_per_second"], measured["backend"]
+    found = f"{speed:.1f} GB/s over {measured['ranks']} {'GPUs' if gpus else 'processes'} by {backend}"
+    least = ALL_REDUCE[backend]
+    if speed < least:
+        return Finding("warn", f"{found}; {least} are usual", ALL_REDUCE_REMEDY)
+    return Finding("ok", found)
 
 
 def _driver() -> str:
@@ -153,12 +216,39 @@ def _memory() -> Finding:
     return Finding("ok", found)
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(".").free
-    found = f"{free / GIB:.1f} GiB free in {Path.cwd()}"
+def _disk(folder: Path) -> Finding:
+    """Room and speed of the disk that a folder is, or will be, on."""
+    place = _there(folder)
+    free = shutil.disk_usage(place).free
+    written, read = probes.disk_speed(place)
+    found = f"{free / GIB:.1f} GiB free, writes {written:,.0f} MB/s, reads {read:,.0f} MB/s in {place}"
     if free < 5 * GIB:
         return Finding("warn", found, "5 GiB are wanted for shards and runs: make room, or work elsewhere")
+    if read < READ or written < WRITE:
+        wanted = f"{READ} MB/s read and {WRITE} written are wanted"
+        return Finding("warn", found, f"{wanted}: set loader.stage to a local disk, or loader.cache")
     return Finding("ok", found)
+
+
+def _clock(folder: Path) -> Finding:
+    """Against the past, the kernel's own word, and the clock that stamps files; no network is asked."""
+    behind, ahead = probes.newest_install() - time.time(), probes.clock_ahead(_there(folder))
+    now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if behind > CLOCK:
+        found = f"{now}, but something was installed {behind / 3600:.1f} hours after that"
+        return Finding("fail", found, "set the clock: certificates are refused otherwise, and logs lie")
+    if abs(ahead) > CLOCK:
+        where = "ahead of" if ahead > 0 else "behind"
+        found = f"{now}, {abs(ahead):.1f} s {where} the clock that stamps files in {_there(folder)}"
+        return Finding("warn", found, "run chrony or ntpd on this host and on the file server")
+    if not probes.clock_synchronised():
+        return Finding("warn", f"{now}, which nothing keeps right (no NTP), says the kernel", NTP)
+    return Finding("ok", f"{now}, synchronised, and the file system agrees")
+
+
+def _there(folder: Path) -> Path:
+    """A folder, or the nearest above it that exists."""
+    return next(place for place in (folder.resolve(), *folder.resolve().parents) if place.is_dir())
 
 
 def _shared_memory() -> Finding:
@@ -180,7 +270,7 @@ def _open_files() -> Finding:
 
 
 def _wandb() -> Finding:
-    """From the environment and ~/.netrc, where W&B's own login looks; nothing is sent."""
+    """The key from the environment or ~/.netrc, where W&B's own login looks; its server is asked about it."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE", "online")
@@ -188,14 +278,36 @@ def _wandb() -> Finding:
         return Finding("ok", f"{wandb.__version__}, WANDB_MODE={mode}")
     own = os.environ.get("WANDB_BASE_URL")
     servers = [own] if own else [wandb.Settings().base_url, "https://api.wandb.ai"]
+    server, key = _wandb_key(servers)
+    if not key:
+        found = f"{wandb.__version__}, no key: runs are logged offline"
+        return Finding("ok", found, "`wandb login` once, and they are sent as they go")
+    found = f"{wandb.__version__}, a key is configured"
+    try:
+        taken = probes.wandb_knows(server, key)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        remedy = "runs are logged offline till then; `wandb sync` sends them later"
+        return Finding("warn", f"{found}, but {server} cannot be reached ({reason})", remedy)
+    if not taken:
+        return Finding("warn", f"{found}, but {server} refuses it", "`wandb login --relogin`")
+    return Finding("ok", f"{found}, and {server} takes it: runs are sent as they go")
+
+
+def _wandb_key(servers: Sequence[str]) -> tuple[str, str]:
+    """(server, key); the key is empty if there is none."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return servers[0], key
     try:
         machines = netrc.netrc(os.environ.get("NETRC")).hosts
     except FileNotFoundError:
         machines = {}
-    if os.environ.get("WANDB_API_KEY") or any(urlsplit(server).netloc in machines for server in servers):
-        return Finding("ok", f"{wandb.__version__}, a key is configured: runs are sent as they go")
-    found = f"{wandb.__version__}, no key: runs are logged offline"
-    return Finding("ok", found, "`wandb login` once, and they are sent as they go")
+    keys = (
+        (server, machines[urlsplit(server).netloc][2])
+        for server in servers
+        if urlsplit(server).netloc in machines
+    )
+    return next(keys, (servers[0], ""))
 
 
 def _git() -> Finding:
@@ -210,16 +322,26 @@ def _first_line(path: str, otherwise: str) -> str:
     return file.read_text().partition("\n")[0] if file.exists() else otherwise
 
 
-CHECKS = (
-    Check("python", _python),
-    Check("torch", _torch),
-    Check("GPUs", _gpus),
-    Check("DALI", _dali, f"{INSTALL_AGAIN}; on a GPU the driver must be 525.60 or newer"),
-    Check("cores", _cores),
-    Check("memory", _memory),
-    Check("disk", _disk),
-    Check("shared mem", _shared_memory, "mount a tmpfs at /dev/shm"),
-    Check("open files", _open_files),
-    Check("W&B", _wandb, "mend ~/.netrc, or move it away and run `wandb login`"),
-    Check("git", _git),
-)
+def checks(folders: Sequence[Path]) -> list[Check]:
+    """All that is looked at, in order.
+
+    Args:
+        folders: that will hold shards and runs.
+    """
+    writable = "get the right to write there, or choose another folder"
+    return [
+        Check("python", _python),
+        Check("torch", _torch),
+        Check("driver", _cuda_driver),
+        Check("GPUs", _gpus),
+        Check("DALI", _dali, f"{INSTALL_AGAIN}; on a GPU the driver must be 525.60 or newer"),
+        Check("all-reduce", _all_reduce, ALL_REDUCE_REMEDY),
+        Check("cores", _cores),
+        Check("memory", _memory),
+        Check("shared mem", _shared_memory, "mount a tmpfs at /dev/shm"),
+        Check("open files", _open_files),
+        *(Check("disk", partial(_disk, folder), writable) for folder in folders),
+        Check("clock", partial(_clock, folders[0]), writable),
+        Check("W&B", _wandb, "mend ~/.netrc, or move it away and run `wandb login`"),
+        Check("git", _git),
+    ]

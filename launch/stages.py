@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load
 from configs.schema import Experiment
-from launch.torchrun import torchrun
+from launch.job import Job
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Call:
         """Load the experiment; raises UserError."""
         return cls(config, overrides, load(config, overrides))
 
-    def torchrun(self, module: str) -> None:
-        """Run a stage of it on `train.processes` processes."""
-        torchrun(module, [str(self.config), *self.overrides], processes=self.experiment.train.processes)
+    def job(self, stage: str) -> Job:
+        """One stage of it, on processes of its own."""
+        return Job(stage, self.config, self.overrides, self.experiment)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _packed(call: Call) -> bool:
 
 def train(call: Call) -> None:
     """Train the encoder; goes on from the newest checkpoint."""
-    call.torchrun("train.encoder")
+    call.job("train").run()
     print(f"encoder: {call.experiment.run.folder / 'encoder.safetensors'}")
 
 
@@ -116,7 +116,7 @@ def _trained(call: Call) -> bool:
 
 def embed(call: Call) -> None:
     """Every sample's embedding."""
-    call.torchrun("train.embed")
+    call.job("embed").run()
     print(f"embeddings: {call.experiment.run.folder / 'embeddings'}")
 
 

@@ -1,69 +1,175 @@
-"""Start a stage on several processes of this host: torchrun from Python, without its traceback."""
+"""Ranks on this host: torchrun's own agent, in this process, so that it can say plainly what became of them.
 
+It takes torchrun's arguments, so that what `moleprint launch` shows is what it does. Beyond torchrun:
+
+- the error that the user is shown is that of the rank which failed first, from its log;
+- a mistake of the user's (exit status 2) is not tried again, whatever --max-restarts says;
+- told to end (SIGTERM, SIGUSR1), it lets the ranks save and end of themselves.
+"""
+
+import contextlib
 import logging
-import os
+import shutil
 import signal
+import socket
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from configs.errors import RESUMABLE
+from torch.distributed import DistError
+from torch.distributed import run as torch_run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
+from torch.distributed.launcher import api
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What is handed on to the processes: all that torch hands on unasked, and SLURM's warning."""
+from configs.errors import RESUMABLE, StageError, UserError
+from shards.files import new_folder
+
+MISTAKE = 2
+"""Exit status of a rank that ended for a mistake of the user's, which it has told, or a peer of it has."""
+GRACE = 100
+"""Seconds for ranks that are told to end: the recipes of SLURM and Kubernetes give 120."""
+LINES = 25
+"""Last lines of a failed rank's log that are shown."""
 
 
-class StageError(Exception):
-    """A process of a stage ended early and has said why; `status` is what this command should end with."""
+def torchrun(arguments: Sequence[str], logs: Path) -> None:
+    """What `torchrun ARGUMENTS` does.
 
-    def __init__(self, module: str, status: int) -> None:
-        super().__init__(module)
-        self.status = status
-
-
-def torchrun(module: str, arguments: Sequence[str], *, processes: int) -> None:
-    """Run `python -m module arguments` on several processes: 0 is one a GPU, or one without any.
-
-    The same as `torchrun --standalone --nproc-per-node=N -m module arguments`.
+    Args:
+        arguments: torchrun's.
+        logs: their --log-dir; nothing of these ranks stays there after a mistake of the user's.
 
     Raises:
-        StageError: if a process ends with an error, or this one is told to end by SIGTERM or SIGUSR1.
-        KeyboardInterrupt: if it is told to end otherwise, as by Ctrl-C.
+        StageError: if a rank ends with an error, or the ranks were told to end.
+        UserError: if the hosts do not come together.
+        KeyboardInterrupt: after Ctrl-C.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    count = process_count(processes)
-    # torch's own default would give every process a thread a core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle=SIGNALS,
-    )
-    try:
-        # -P: a `train.py` in the user's folder is not ours.
-        elastic_launch(config, sys.executable)("-P", "-m", module, *arguments)
-    except ChildFailedError as error:
-        resumable = all(failure.exitcode == RESUMABLE for failure in error.failures.values())
-        raise StageError(module, RESUMABLE if resumable else 2) from None
-    except SignalException as told:
-        if told.sigval in (signal.SIGTERM, signal.SIGUSR1):
-            raise StageError(module, RESUMABLE) from None
-        raise KeyboardInterrupt from None
+    for name in list(logging.root.manager.loggerDict):  # each of torch's has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    setattr(api, "LocalElasticAgent", _Agent)  # noqa: B010  # torch has no other way to put one in its place
+    parsed = torch_run.parse_args(list(arguments))  # type: ignore[no-untyped-call]
+    if parsed.standalone:  # as torch's own run() does
+        parsed.rdzv_backend, parsed.rdzv_endpoint, parsed.rdzv_id = "c10d", "localhost:0", uuid.uuid4().hex
+    with _logs(logs):
+        config, command, words = torch_run.config_from_args(parsed)
+        # An empty name is the only way to lines without a prefix.
+        config = replace(config, role="", log_line_prefix_template="${role_name}")
+        try:
+            api.launch_agent(config, command, words)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise StageError(RESUMABLE) from None
+        except RendezvousClosedError:
+            _say("error: the other hosts have ended this run; what they print says why")
+            raise StageError(1) from None
+        except (RendezvousError, DistError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(
+                f"the hosts did not come together at {config.rdzv_endpoint} ({reason[:200]}); start the same "
+                "command on all of them, and let them reach that port"
+            ) from None
 
 
-def process_count(asked: int) -> int:
-    """Processes to start: what is asked, but one a GPU at most where there are GPUs; 0 is all, or one."""
-    import torch
+@contextlib.contextmanager
+def _logs(folder: Path) -> Iterator[None]:
+    """The folder of all logs; those of ranks that began in this block go after a mistake of the user's."""
+    with new_folder(folder):
+        before = set(folder.iterdir())
+        try:
+            yield
+        except StageError as error:
+            if error.status == MISTAKE:
+                for mine in set(folder.iterdir()) - before:
+                    shutil.rmtree(mine, ignore_errors=True)
+            raise
 
-    gpus = torch.cuda.device_count()
-    return min(asked or gpus, gpus) if gpus else asked or 1
+
+class _Agent(LocalElasticAgent):
+    """Says what became of the ranks, and knows what is not worth a second try."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed() and result.failures and self._pcontext:
+            logs = self._pcontext.stderrs
+            ends = [End.of(r, f, logs[f.local_rank]) for r, f in result.failures.items()]
+            first = min(ends, key=End.order)
+            first.tell(len(worker_group.workers))
+            if first.status == MISTAKE or not self._remaining_restarts:
+                raise StageError(first.status)
+        return result
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        left = self._remaining_restarts
+        _say(
+            f"{socket.gethostname()}: all ranks start again from the newest checkpoint; {left} restarts left"
+        )
+        super()._restart_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, **how: Any) -> None:
+        if self._pcontext:
+            self._pcontext.close(death_sig, timeout=GRACE)
+        super()._shutdown(death_sig, **how)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended that did not end well."""
+
+    rank: int
+    local_rank: int
+    status: int
+    """Exit status of the launcher if this rank was the first."""
+    exitcode: int
+    time: int
+    """Seconds since 1970."""
+    log: Path
+    """What it wrote on standard error."""
+
+    @classmethod
+    def of(cls, rank: int, failure: ProcessFailure, log: str) -> "End":
+        """What torch noted of a rank."""
+        killed = failure.exitcode in (-signal.SIGKILL, -signal.SIGTERM)  # from outside: it can start again
+        status = failure.exitcode if failure.exitcode in (MISTAKE, RESUMABLE) else RESUMABLE if killed else 1
+        return cls(rank, failure.local_rank, status, failure.exitcode, failure.timestamp, Path(log))
+
+    def order(self) -> tuple[bool, int, float]:
+        """Sorts the one first that failed first, before those that were only drawn along."""
+        silent = self.exitcode == MISTAKE and not self.errors()
+        drawn_along = silent or self.exitcode in (RESUMABLE, -signal.SIGTERM)
+        return drawn_along, self.time, self.log.stat().st_mtime
+
+    def lines(self) -> list[str]:
+        """Of its log."""
+        return self.log.read_text(errors="replace").splitlines()
+
+    def errors(self) -> list[str]:
+        """Lines in which it told the user an error."""
+        return [line for line in self.lines() if line.startswith("error:")]
+
+    def tell(self, ranks: int) -> None:
+        """Show why it ended; local rank 0's own words are on the console already."""
+        if self.exitcode in (MISTAKE, RESUMABLE) and (errors := self.errors()):
+            _say(*(errors if self.local_rank else ()))
+            return
+        _say(*(self.lines()[-LINES:] if self.local_rank else ()))
+        how = f"ended with exit status {self.exitcode}"
+        if self.exitcode < 0:
+            how = f"was killed by {signal.Signals(-self.exitcode).name}"
+        if self.exitcode == -signal.SIGKILL:
+            how += " (out of memory? `dmesg` tells)"
+        where = f"rank {self.rank} on {socket.gethostname()}"
+        _say(f"error: {where} {how}, the first of {ranks}; its log: {self.log}")
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)

@@ -67,8 +67,8 @@ def embedding_figures(
     return {name: float(value) for name, value in figures.items()}
 
 
-def collapse(figures: dict[str, float], settings: Settings) -> str | None:
-    """What has gone wrong with the embeddings, by its name, or None.
+def collapse(figures: dict[str, float], settings: Settings) -> tuple[str, str] | None:
+    """What has gone wrong with the embeddings, its name and a text, or None.
 
     Nothing is wrong before the first epoch has ended: a network that has learnt nothing sees all things
     alike. The effective rank raises no alarm, since two classes apart as far as can be lie on one line.
@@ -79,16 +79,17 @@ def collapse(figures: dict[str, float], settings: Settings) -> str | None:
     if figures["epoch"] < 1:
         return None
     if figures["spread"] < 0.05:
-        return (
-            f"collapse: the embeddings are nearly one point (spread {figures['spread']:.3f} of 1); lower "
-            "train.lr, begin with an easier loss.mining (loss.schedule brings the harder), or raise "
-            "loss.classification"
+        text = (
+            f"the embeddings are nearly one point (spread {figures['spread']:.3f} of 1); lower train.lr, "
+            "begin with an easier loss.mining (loss.schedule brings the harder), or raise loss.classification"
         )
+        return "collapse", text
     if settings.triplet:
         gap = figures["distance_negative"] - figures["distance_positive"]
         if abs(gap) < (0.01 if settings.soft_margin else 0.1 * settings.margin):
-            return (
-                f"stuck at the margin: negatives are as near as positives (by {gap:.3f}), so that triplets "
-                "teach nothing; choose a harder loss.mining such as semi_hard, or raise loss.classification"
+            text = (
+                f"negatives are as near as positives (by {gap:.3f}), so that triplets teach nothing; choose "
+                "a harder loss.mining such as semi_hard, or raise loss.classification"
             )
+            return "stuck at the margin", text
     return None

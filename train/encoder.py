@@ -7,8 +7,6 @@ the step, and a checkpoint holds the rest (weights and their average, optimiser,
 figures not yet logged, early stopping).
 """
 
-import math
-import sys
 import time
 from contextlib import closing
 from typing import Any, Never
@@ -18,7 +16,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from configs.errors import RESUMABLE, UserError
 from configs.schema import Experiment
@@ -28,6 +25,7 @@ from shards.shardset import ShardSet
 from train import checkpoint, model, result, runfolder, validation
 from train.centroids import Centroids
 from train.collapse import collapse, embedding_figures, spread
+from train.console import Console
 from train.data import Data
 from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, total
 from train.ema import Average
@@ -35,11 +33,12 @@ from train.embed import embed
 from train.entry import start
 from train.guard import REMEDY, Guard
 from train.learner import Learner, Outcome
-from train.meter import Meter
+from train.meter import Meter, gpu_memory
 from train.mining import mining_at
 from train.optimisation import Optimisation
 from train.parameters import parameter_groups
 from train.precision import allow_tf32
+from train.profiler import Profiler
 from train.progress import Progress
 from train.saver import Saver
 from train.schedule import learning_rate
@@ -83,8 +82,12 @@ class Trainer:
         self.tracker = Tracker(
             experiment, "encoder", rank=world.rank, after=self.progress.step, run_id=self.progress.run_id
         )
+        self.tracker.dataset(self.shards, experiment.pack.output)
         self.progress.run_id = self.tracker.run_id
-        self.warned: set[str] = set()
+        self.profiler = Profiler(experiment.tracking.profile, self.folder, world.rank)
+        self.console = Console(
+            steps=self.steps, epochs=self.settings.epochs, start=self.progress.step, active=world.main
+        )
 
     def _build(self) -> None:
         """Encoder, objective, optimiser, and what watches over them."""
@@ -199,29 +202,25 @@ class Trainer:
     def train_epoch(self, stop: Stop) -> None:
         """From the current step to the end of its epoch."""
         self.learner.train()
-        epoch, done = divmod(self.progress.step, self.steps)
         images = self.experiment.loader.global_batch
-        if not done:
+        if self.progress.step % self.steps == 0:
             self.centroids.clear()
-        with self._bar(f"epoch {epoch + 1}/{self.settings.epochs}", done) as bar:
-            for batch in self.meter.waiting(iter(self.data.training)):
-                if self.progress.step == 0:
-                    self.tracker.images(
-                        "augmented", *self.data.pictures(batch, self.experiment.tracking.images)
-                    )
-                outcome, norm = self.train_step(batch)
-                self.centroids.add(outcome.embeddings, outcome.labels, self.good)
-                self.meter.add(images, {**outcome.figures, "grad_norm": norm}, self.good)
-                self.progress.step += 1
-                self.world.beat(f"step {self.progress.step}")
-                bar.update(images)
-                ended = self.progress.step % self.steps == 0
-                if ended or self._due(self.experiment.tracking.log_every):
-                    bar.set_postfix_str(self._log(outcome), refresh=False)
-                if stop.agreed() and not ended:
-                    self.leave()
-                if self._due(self.settings.checkpoint_every) and not ended:
-                    self.save()
+        for batch in self.meter.waiting(iter(self.data.training)):
+            if self.progress.step == 0:
+                self.tracker.images("augmented", *self.data.pictures(batch, self.experiment.tracking.images))
+            outcome, norm = self.train_step(batch)
+            self.centroids.add(outcome.embeddings, outcome.labels, self.good)
+            self.meter.add(images, {**outcome.figures, "grad_norm": norm}, self.good)
+            self.progress.step += 1
+            self.profiler.step(self.progress.step)
+            self.world.beat(f"step {self.progress.step}")
+            ended = self.progress.step % self.steps == 0
+            if ended or self._due(self.experiment.tracking.log_every):
+                self._log(outcome)
+            if stop.agreed() and not ended:
+                self.leave()
+            if self._due(self.settings.checkpoint_every) and not ended:
+                self.save()
 
     def train_step(self, batch: Batch) -> tuple[Outcome, torch.Tensor]:
         """One optimiser step, taken if it is `good`; returns what happened and the gradient's norm."""
@@ -273,8 +272,8 @@ class Trainer:
                 "val_seconds": time.perf_counter() - started,
             },
         )
-        if self.world.main:
-            tqdm.write(self.progress.said(self.settings.monitor, self.steps), sys.stderr)
+        self.tracker.embeddings(self.progress.step, self.shards, held.index, held.vectors)
+        self.console.say(self.progress.said(self.settings.monitor, self.steps))
         self.meter.reset()
 
     def save(self) -> None:
@@ -303,9 +302,11 @@ class Trainer:
         runfolder.save_encoder(self.folder, self.encoder, about)
         best = {f"best_val_{name}": value for name, value in self.progress.best_figures.items()}
         self.tracker.figures(best, {})
+        self.tracker.encoder()
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, end the loaders' threads, let go of the cache."""
+        self.profiler.close()
         self.saver.close()
         self.data.close()
 
@@ -320,46 +321,33 @@ class Trainer:
         labels = self.shards.labels[self.shards.split("train")]
         return torch.from_numpy(len(labels) / classes / np.bincount(labels, minlength=classes)).float()
 
-    def _bar(self, name: str, done: int) -> "tqdm[Never]":
-        images = self.experiment.loader.global_batch
-        return tqdm(
-            desc=name,
-            total=self.steps * images,
-            initial=done * images,
-            unit="image",
-            disable=not self.world.main,
-        )
-
-    def _log(self, outcome: Outcome) -> str:
+    def _log(self, outcome: Outcome) -> None:
         """Log the steps since the last line; here alone the host waits for the device."""
         self.saver.look()
-        figures = self.meter.read()
+        figures, skipped = self.meter.read(), self.guard.check()
+        if skipped:
+            self.tracker.alert(self.progress.step, "not finite", f"{skipped} steps so far, skipped; {REMEDY}")
         figures |= {
             "epoch": self.progress.step / self.steps,
             "lr": learning_rate(self.settings, self.progress.step - 1, self.steps),
-            "skipped_steps": self.guard.check(),
+            "skipped_steps": skipped,
             "replaced_samples": total(len(self.data.training.source.substitutes), self.world.device),
+            "seconds_left": self.console.seconds_left(self.progress.step),
+            **gpu_memory(self.world.device),
         }
         if self.world.main and self.good:  # or the embeddings may be no numbers
             distance = self.experiment.loss.distance
             figures |= embedding_figures(outcome.embeddings, outcome.labels, distance)
-            self._warn(collapse(figures, self.experiment.loss))
+            if found := collapse(figures, self.experiment.loss):
+                self.tracker.alert(self.progress.step, *found)
         self.tracker.log(self.progress.step, figures)
-        return f"loss {figures.get('loss', math.nan):.3f}, waiting {figures['data_wait']:.0%}"
+        self.console.show(self.progress.step, figures)
 
     def _embedded(self, encoder: model.Encoder, loader: Loader) -> Embedded:
         index, vectors = embed(encoder, loader, precision=self.precision, world=self.world)
         if not np.isfinite(vectors).all():
             raise UserError(f"the encoder diverged in the epoch before step {self.progress.step}: {REMEDY}")
-        return Embedded(vectors, self.shards.labels[index])
-
-    def _warn(self, of: str | None) -> None:
-        """Say what has gone wrong with the embeddings, once by each name."""
-        name, _, text = (of or "").partition(": ")
-        if name and name not in self.warned:
-            self.warned.add(name)
-            tqdm.write(f"warning: step {self.progress.step}: {of}", sys.stderr)
-            self.tracker.alert(name, text)
+        return Embedded(index, vectors, self.shards.labels[index])
 
 
 if __name__ == "__main__":

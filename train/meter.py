@@ -59,3 +59,11 @@ class Meter:
         """From a checkpoint."""
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._steps = torch.as_tensor(state["steps"], device=device)
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """`gpu_memory`: GiB that torch has held at most, of `gpu_memory_total` of the GPU; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    held = torch.cuda.max_memory_reserved(device)
+    return {"gpu_memory": held / 2**30, "gpu_memory_total": torch.cuda.mem_get_info(device)[1] / 2**30}

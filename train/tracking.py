@@ -1,20 +1,32 @@
 """What a run tells the world: `metrics.jsonl` always, Weights & Biases where it can be reached. Rank 0 only.
 
-W&B is a window, never a condition: if it cannot be reached the run goes on and its log waits on disk.
+W&B is a window, never a condition: it has a thread of its own, so that training waits for no network; what it
+cannot be told is on disk.
 """
 
+import io
 import json
+import math
+import sys
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 import wandb
+from PIL import Image
 
+from configs.errors import UserError
 from configs.schema import Experiment
+from pipeline.environment import environment
 from shards.files import atomic, read_json, write_json, writing
+from shards.shardset import ShardSet
+from train import artifacts, gallery
+from train.gallery import Floats, Ints
+from train.window import PATIENCE, REACHED, Call, Window
 
 
 class Tracker:
@@ -32,51 +44,95 @@ class Tracker:
             after: the step this stage goes on from; later lines of an interrupted run are dropped.
             run_id: the W&B run of a checkpoint; the run folder's own, if it has one, goes first.
         """
-        self._stage, self._folder = stage, experiment.run.folder
+        self._stage, self._folder, self._settings = stage, experiment.run.folder, experiment.tracking
+        self._told: set[str] = set()
         self.run_id: str | None = None
-        self._wandb: Any = None
+        self._window: Window | None = None
         self._lines = self._folder / "metrics.jsonl"
         self._active = rank == 0
         if not self._active:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.run_id = _run_id(self._folder, run_id)
         _drop_lines(self._lines, stage, after)
-        self._wandb = _start(experiment, stage, self.run_id)
+        mode = _mode(self._settings.mode)
+        of_agent = wandb.setup().settings.run_id if mode != "disabled" else None  # a sweep's, WANDB_RUN_ID
+        self.run_id = run = _run_id(self._folder, run_id or of_agent)
+        if mode != "disabled":
+            self._window = Window(lambda: _start(experiment, stage, run, mode))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One line of figures at a step."""
+        """One line of figures at a step; those that are not finite are left out of it, and an alert."""
         if not self._active:
             return
-        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **values}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite}
         with writing(self._lines), self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._wandb:
-            self._wandb.log({f"{self._stage}/{k}": v for k, v in {"step": step, **values}.items()})
+        self._do(lambda run: run.log(self._named({"step": step, **finite})))
+        if broken := ", ".join(sorted(values.keys() - finite.keys())):
+            self.alert(step, "not finite", broken)
 
     def images(self, name: str, images: torch.Tensor, captions: list[str]) -> None:
         """Sample images (n, 3, H, W) in 0..1."""
-        if self._wandb:
+        if self._window:
             pixels = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures = [wandb.Image(p, caption=c) for p, c in zip(pixels, captions, strict=True)]
-            self._wandb.log({f"{self._stage}/{name}": pictures})
+            self._show(
+                lambda: {name: [wandb.Image(p, caption=c) for p, c in zip(pixels, captions, strict=True)]}
+            )
+
+    def dataset(self, shards: ShardSet, place: Path | str) -> None:
+        """The shard set, as the artifact that this run uses.
+
+        Args:
+            shards: the set as it was opened.
+            place: where it lies for all, a folder or a URL.
+        """
+        if self._settings.artifacts:
+            self._do(lambda run: artifacts.use(run, artifacts.dataset(shards, place)))
+
+    def encoder(self) -> None:
+        """The run folder's encoder, as an artifact that this run made."""
+        if self._settings.artifacts:
+            self._do(lambda run: run.log_artifact(artifacts.encoder(self._folder), aliases=["best"]))
+
+    def embeddings(self, step: int, shards: ShardSet, index: Ints, vectors: Floats) -> None:
+        """The hardest triplets of a split, and its embeddings in a plane.
+
+        Args:
+            index: (n,) of samples in the set.
+            vectors: (n, dim) their embeddings.
+        """
+        triplets, points = self._settings.triplets, self._settings.projection
+        if triplets:
+            self._show(
+                lambda: {
+                    "step": step,
+                    "hardest_triplets": gallery.triplets(shards, index, vectors, triplets),
+                }
+            )
+        if points:
+            self._show(lambda: {"step": step, **gallery.projection(shards, index, vectors, points)})
 
     def figures(self, values: dict[str, float], pictures: dict[str, Path]) -> None:
         """The stage's final figures and plots, in the run's summary."""
-        if self._wandb:
-            self._wandb.summary.update({f"{self._stage}/{k}": v for k, v in values.items()})
-            self._wandb.log({f"{self._stage}/{k}": wandb.Image(str(path)) for k, path in pictures.items()})
+        self._do(lambda run: run.summary.update(self._named(values)))
+        if self._window and pictures:
+            loaded = {name: path.read_bytes() for name, path in pictures.items()}  # they may be replaced
+            self._show(lambda: {name: _picture(data) for name, data in loaded.items()})
 
-    def alert(self, title: str, text: str) -> None:
-        """Something to look at, which W&B sends on by mail or chat where the user asked for that."""
-        if self._wandb:
-            self._wandb.alert(title=title, text=text)
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Something to look at, once by each title: on the console, and by W&B's mail or chat."""
+        if not self._active or title in self._told:
+            return
+        self._told.add(title)
+        print(f"warning: step {step}: {title}: {text}", file=sys.stderr, flush=True)
+        self._alert(title, f"step {step}: {text}", "WARN")
 
     def close(self, failed: bool = False) -> None:
         """Flush and leave W&B."""
-        if self._wandb:
-            self._wandb.finish(exit_code=int(failed))
-            self._wandb = None
+        if self._window:
+            self._window.close(failed)
+            self._window = None
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +140,27 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, UserError):
+            self._alert(f"{self._stage} ended", str(error), "ERROR")
         self.close(failed=kind is not None)
+
+    def _show(self, make: Callable[[], dict[str, Any]]) -> None:
+        """Log what W&B's thread makes."""
+        self._do(lambda run: run.log(self._named(make())))
+
+    def _alert(self, title: str, text: str, level: str) -> None:
+        self._do(lambda run: run.alert(title=title, text=text, level=level))
+
+    def _do(self, call: Call) -> None:
+        if self._window:
+            self._window.do(call)
+
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{self._stage}/{name}": value for name, value in values.items()}
+
+
+def _picture(data: bytes) -> wandb.Image:
+    return wandb.Image(Image.open(io.BytesIO(data)))
 
 
 def _run_id(folder: Path, known: str | None) -> str:
@@ -114,42 +190,49 @@ def _drop_lines(path: Path, stage: str, after: int) -> None:
         file.write("".join(kept).encode())
 
 
-def _start(experiment: Experiment, stage: str, run_id: str) -> Any:
+def _start(experiment: Experiment, stage: str, run_id: str, mode: str) -> Any:
+    """Begin the W&B run, or go on with it; offline where it cannot be reached."""
     settings = experiment.tracking
-    mode = _mode(settings.mode)
-    if mode == "disabled":
-        return None
+    about = environment()
     arguments: dict[str, Any] = {
         "project": settings.project,
         "entity": settings.entity,
+        "group": settings.group,
         "name": settings.name or experiment.run.folder.name,
         "tags": list(settings.tags),
         "id": run_id,
         "resume": "allow" if mode == "online" else None,
         "dir": str(experiment.run.folder),
-        "config": experiment.model_dump(mode="json"),
-        "settings": wandb.Settings(silent=True, init_timeout=30, console="off"),
+        "config": {**experiment.model_dump(mode="json"), "environment": about},
+        "settings": wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=REACHED,
+            finish_timeout=PATIENCE,
+            git_commit=about["git_commit"],
+        ),
     }
     try:
         run = wandb.init(mode=mode, **arguments)
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
-        print(f"W&B cannot be reached ({reason}); logging offline, send later with `wandb sync`", flush=True)
+        print(
+            f"W&B cannot be reached ({reason}); logging offline, send later with `wandb sync`",
+            file=sys.stderr,
+            flush=True,
+        )
+        wandb.teardown()  # its service holds the id of the run that could not begin
         run = wandb.init(mode="offline", **{**arguments, "resume": None})
     run.define_metric(f"{stage}/step", hidden=True)
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return run
 
 
-def _mode(asked: str) -> Any:
-    """`auto`: what WANDB_MODE says, else online where a key is configured, else offline."""
+def _mode(asked: str) -> str:
+    """`auto`: what WANDB_MODE says, else online where a key is configured, else offline; asks no network."""
     if asked != "auto":
         return asked
-    of_environment = wandb.setup().settings.mode
-    if of_environment in ("offline", "disabled"):
-        return of_environment
-    try:
-        return "online" if wandb.login(prompt=False) else "offline"
-    except wandb.errors.Error as error:
-        print(f"W&B: {str(error).splitlines()[0]}; logging offline, send later with `wandb sync`", flush=True)
-        return "offline"
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "disabled"):
+        return str(settings.mode)
+    return "online" if settings.api_key or wandb.login(prompt=False) else "offline"

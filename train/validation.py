@@ -22,8 +22,9 @@ PROBE_C = 0.1  # inverse strength of the probe's L2 penalty, on standardised emb
 
 @dataclass(frozen=True)
 class Embedded:
-    """Samples (n, dim) and their classes (n,)."""
+    """Samples (n,) of a set, their embeddings (n, dim) and classes (n,)."""
 
+    index: NDArray[np.int64]
     vectors: NDArray[np.float32]
     labels: NDArray[np.int64]
 

@@ -109,9 +109,8 @@ def test_drawn_data_are_called_so_whatever_the_configuration(folder: Path, molep
     assert "drawn by a computer" in done.out
 
 
-def test_verify_and_doctor(folder: Path, moleprint) -> None:  # type: ignore[no-untyped-def]
+def test_verify(folder: Path, moleprint) -> None:  # type: ignore[no-untyped-def]
     assert "train" in moleprint("verify", folder / "shards").out
-    assert "DALI" in moleprint("doctor").out
 
 
 def test_inspect_shows_a_set_by_its_folder_or_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

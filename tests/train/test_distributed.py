@@ -129,6 +129,7 @@ def stopping(here: World) -> list[bool]:
 def validated(here: World) -> dict[str, float]:
     """Validation figures of some vectors."""
     held = Embedded(
+        np.arange(41),
         nn.functional.normalize(torch.randn(41, 5, generator=torch.Generator().manual_seed(1))).numpy(),
         np.arange(41) % 5 // 3,
     )

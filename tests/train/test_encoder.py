@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,20 +155,6 @@ def test_every_option_of_model_and_loss_trains_and_is_rebuilt(tiny_experiment: A
     assert all(min(row["supcon"], row["arcface"]) >= 0 for row in steps)  # 0 once a batch is apart
     # The second epoch's negatives are the nearest: nearer than most are.
     assert all(row["distance_negative"] < row["distance_negative_p50"] for row in steps[4:])
-
-
-def test_a_warning_is_said_once_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    alerts: list[tuple[str, str]] = []
-    trainer = SimpleNamespace(
-        warned=set(),
-        progress=encoder.Progress(step=7),
-        tracker=SimpleNamespace(alert=lambda *alert: alerts.append(alert)),
-    )
-    for warning in (None, "collapse: a point", "collapse: still", "stuck at the margin: by 0", None):
-        encoder.Trainer._warn(trainer, warning)  # type: ignore[arg-type]
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["warning: step 7: collapse: a point", "warning: step 7: stuck at the margin: by 0"]
-    assert alerts == [("collapse", "a point"), ("stuck at the margin", "by 0")]
 
 
 def test_a_finished_run_knows_it_and_does_not_train_again(

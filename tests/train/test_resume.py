@@ -21,7 +21,7 @@ from train import encoder
 from train.distributed import World, world
 
 ROOT = Path(__file__).parents[2]
-CLOCK = {"time", "images_per_second", "data_wait", "val_seconds"}
+CLOCK = {"time", "images_per_second", "data_wait", "val_seconds", "seconds_left"}
 """Figures of speed, which no two runs share."""
 
 

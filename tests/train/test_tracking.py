@@ -1,16 +1,39 @@
 """One W&B run a run folder, whatever happens to it; `metrics.jsonl` always; rank 0 only."""
 
+import gzip
 import json
+import math
+import os
+import socket
+import struct
+import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
+import yaml
+from sklearn.decomposition import PCA
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from configs.errors import UserError
+from configs.load import load
 from configs.schema import Experiment, Run, Tracking
+from pipeline.environment import environment
+from shards.shardset import ShardSet
+from train import tracking
+from train import window as tracking_window
+from train.distributed import world
+from train.encoder import run
+from train.gallery import hardest_triplets, plane
 from train.tracking import Tracker
+from train.window import Window
 
 
 def experiment(folder: Path, mode: str = "disabled") -> Experiment:
@@ -110,7 +133,7 @@ def test_auto_is_offline_where_no_key_is_configured(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", lambda **_: False)
     with Tracker(experiment(tmp_path / "run", "auto"), "encoder"):
-        assert wandb.run is not None and wandb.run.offline
+        pass
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
@@ -127,5 +150,223 @@ def test_a_run_goes_on_offline_where_wandb_cannot_be_reached(
     monkeypatch.setattr(wandb, "init", unreachable)
     with Tracker(experiment(tmp_path / "run", "online"), "encoder") as tracker:
         tracker.log(1, {"loss": 1.0})
-    assert "W&B cannot be reached (no route); logging offline" in capsys.readouterr().out
+    assert "W&B cannot be reached (no route); logging offline" in capsys.readouterr().err
     assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{tracker.run_id}"))
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """The records of W&B's log: LevelDB's log format, in blocks of 32 KiB, after seven bytes of its own."""
+    data, place, parts = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """What an offline run holds, read back with W&B's own messages."""
+    found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "artifacts": {}, "alerts": []}
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    for data in records(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["run"] = record.run
+            found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind in ("history", "summary"):
+            items = record.history.item if kind == "history" else record.summary.update
+            values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            found["history"].append(values) if kind == "history" else found["summary"].update(values)
+        elif kind == "artifact":
+            found["artifacts"][record.artifact.name] = record.artifact
+        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            found["artifacts"][record.request.log_artifact.artifact.name] = (
+                record.request.log_artifact.artifact
+            )
+        elif kind == "alert":
+            found["alerts"].append((record.alert.title, record.alert.text))
+    return found
+
+
+def test_what_an_offline_run_holds(tiny_experiment: Any, tmp_path: Path) -> None:
+    """Trained for real, then read back: config, code, group, curves, pictures, table, both artifacts."""
+    settings = {
+        "mode": "offline",
+        "log_every": 1,
+        "group": "folds",
+        "tags": ("a",),
+        "triplets": 3,
+        "images": 4,
+    }
+    made = tiny_experiment(tmp_path / "run", tracking={**settings, "profile": "2:4"})
+    with world() as here:
+        run(made, here)
+    held = contents(tmp_path / "run")
+    assert (held["run"].run_group, list(held["run"].tags), held["run"].project) == (
+        "folds",
+        ["a"],
+        "moleprint",
+    )
+    assert held["config"]["train"]["epochs"] == made.train.epochs
+    assert held["config"]["environment"] == environment()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["encoder/loss"] for row in held["history"] if "encoder/loss" in row]
+    assert losses == [row["loss"] for row in lines if "loss" in row] and len(losses) == 8
+    assert all(row["seconds_left"] >= 0 for row in lines if "loss" in row) and lines[-2]["seconds_left"] == 0
+    for name, count, validations in (("augmented", 4, 1), ("hardest_triplets", 3, 2)):
+        counts = [row.get(f"encoder/{name}/count") for row in held["history"]]
+        assert [count for count in counts if count] == [count] * validations
+    tables = [row["encoder/embeddings/nrows"] for row in held["history"] if "encoder/embeddings/nrows" in row]
+    assert tables == [len(ShardSet.of(made).split("val"))] * 2
+    shards = held["artifacts"]["shards-shards"]
+    assert (shards.type, shards.use_after_commit) == ("dataset", True)
+    assert json.loads(shards.metadata)["sha256"] == ShardSet.of(made).sha256
+    entries = {entry.path: entry for entry in shards.manifest.contents}
+    assert entries["dataset.json"].ref == (Path(made.pack.output) / "dataset.json").resolve().as_uri()
+    encoder = held["artifacts"]["run-encoder"]
+    assert (encoder.type, encoder.use_after_commit, sorted(encoder.aliases)) == (
+        "model",
+        False,
+        ["best", "latest"],
+    )
+    assert {entry.path for entry in encoder.manifest.contents} == {"encoder.safetensors", "encoder.json"}
+    (trace,) = (tmp_path / "run/trace").iterdir()
+    assert trace.name == "rank-0-steps-2-4.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("convolution" in event.get("name", "") for event in events)
+
+
+def test_alerts_are_told_once_and_nothing_that_is_not_finite_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        pytest.raises(UserError),
+        Tracker(experiment(tmp_path / "run", "offline"), "encoder") as tracker,
+    ):
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": math.nan})
+        tracker.log(3, {"loss": math.inf})
+        for step in (3, 4):
+            tracker.alert(step, "collapse", "nearly one point")
+        raise UserError("it diverged")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [("loss" in row, row["step"]) for row in rows] == [(True, 1), (False, 2), (False, 3)]
+    titles = [title for title, _ in contents(tmp_path / "run")["alerts"]]
+    assert titles == ["not finite", "collapse", "encoder ended"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert told == ["warning: step 2: not finite: loss", "warning: step 3: collapse: nearly one point"]
+
+
+def test_nobody_waits_for_a_network_that_swallows_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that takes connections and never answers: lines are logged meanwhile, and stay on disk."""
+    hole = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "REACHED", 3)
+    wandb.teardown()  # what it knows of another server
+    started = time.perf_counter()
+    tracker = Tracker(experiment(tmp_path / "run", "online"), "encoder")
+    for step in range(1, 101):
+        tracker.log(step, {"loss": 1 / step})
+    assert time.perf_counter() - started < 1.5
+    assert len(steps(tmp_path / "run")) == 100
+    tracker.close()
+    hole.close()
+    assert "W&B cannot be reached" in capsys.readouterr().err
+    losses = [row["encoder/loss"] for row in contents(tmp_path / "run")["history"]]
+    assert losses == [1 / step for step in range(1, 101)]
+    wandb.teardown()
+
+
+def test_a_client_that_fails_is_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        """A W&B run whose every call fails."""
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("broken pipe")
+
+    window = Window(Failing)
+    for _ in range(3):
+        window.do(lambda run: run.log({}))
+    window.close(failed=False)
+    assert capsys.readouterr().err.count("W&B: broken pipe") == 1
+
+
+def test_a_stage_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking_window, "PATIENCE", 0)
+    monkeypatch.setattr(tracking_window, "REACHED", 0.1)
+    window = Window(lambda: None)
+    freed = threading.Event()
+    window.do(lambda run: freed.wait())
+    window.close(failed=False)
+    assert "not all could be sent in time" in capsys.readouterr().err
+    freed.set()
+
+
+def test_the_hardest_triplets_are_those_of_a_slow_loop() -> None:
+    draw = np.random.default_rng(7)
+    vectors = draw.normal(size=(40, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = draw.integers(0, 3, 40)
+    labels[labels == 2] = np.where(np.arange((labels == 2).sum()) == 0, 2, 1)  # one that has no positive
+    expected = []
+    for a in range(40):
+        apart = np.linalg.norm(vectors - vectors[a], axis=1)
+        same = [i for i in range(40) if labels[i] == labels[a] and i != a]
+        other = [i for i in range(40) if labels[i] != labels[a]]
+        if same:
+            p, n = max(same, key=lambda i: apart[i]), min(other, key=lambda i: apart[i])
+            expected.append((apart[n] - apart[p], (a, p, n)))
+    rows, apart = hardest_triplets(vectors, labels, 6)
+    assert [tuple(row) for row in rows] == [row for _, row in sorted(expected)[:6]]
+    assert np.allclose(apart[:, 1] - apart[:, 0], [gap for gap, _ in sorted(expected)[:6]], atol=1e-5)
+
+
+def test_the_plane_is_that_of_scikit_learn() -> None:
+    vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
+    theirs = PCA(2, svd_solver="full").fit_transform(vectors)
+    assert np.allclose(np.abs(plane(vectors)), np.abs(theirs), atol=1e-4)
+
+
+def test_a_sweep_composes_a_command_that_runs_an_experiment(tmp_path: Path) -> None:
+    """As `wandb agent` does: W&B's own functions fill in the command, and a shell runs it."""
+    sweep = yaml.safe_load((Path(__file__).parents[2] / "configs/sweep.yaml").read_text())
+    chosen = {}
+    for name, how in sweep["parameters"].items():
+        chosen[name] = {"value": how["values"][0] if "values" in how else how["min"]}
+    filled = create_sweep_command_args({"args": chosen})
+    command: list[str] = []
+    for word in create_sweep_command(sweep["command"]):
+        command += filled[word[2:-1]] if word.startswith("${") else [word]
+    stand_in = tmp_path / "moleprint"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environ = {**os.environ, "WANDB_RUN_ID": "trial7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    verb, config, *overrides = done.stdout.splitlines()
+    assert (verb, overrides[0]) == ("run", "run.folder=runs/sweep/trial7")
+    loaded = load(Path(__file__).parents[2] / config, overrides)
+    assert (loaded.train.lr, loaded.loss.mining, loaded.loss.margin) == (1e-4, "semi_hard", 0.1)
+    assert sweep["metric"]["name"] == "encoder/val_roc_auc"  # what test_what_an_offline_run_holds finds
+
+
+def test_a_trial_of_a_sweep_is_the_agents_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    wandb.teardown()
+    with Tracker(experiment(tmp_path / "run", "offline"), "encoder") as tracker:
+        assert tracker.run_id == "trial7"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    wandb.teardown()
+    with Tracker(experiment(tmp_path / "run", "offline"), "classifier") as tracker:
+        assert tracker.run_id == "trial7"

@@ -24,7 +24,7 @@ def embedded(count: int, seed: int, apart: float = 1.0) -> Embedded:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4 // 3
     vectors = torch.randn(count, 8, generator=generator) + apart * F.one_hot(labels, 8)
-    return Embedded(F.normalize(vectors, dim=1).numpy(), labels.numpy())
+    return Embedded(np.arange(count), F.normalize(vectors, dim=1).numpy(), labels.numpy())
 
 
 def test_neighbours_are_those_of_scikit_learn() -> None:
