@@ -1,7 +1,7 @@
 """Who is near whom in a batch: B×B matrices of distances, and of which pairs are what.
 
 Shapes: B global batch, D embedding. Anchors are rows, candidates columns. Distances are in float32 whatever
-the embeddings' type; a matrix product must not round them to TensorFloat-32 (see `train.learner`).
+the embeddings' type; a matrix product must not round them to TensorFloat-32 (see `train.precision`).
 """
 
 from typing import NamedTuple

@@ -4,8 +4,6 @@ this rank's images ──► encoder ──► gathered from all ranks ──►
    in micro-batches, if they would not fit at once
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from train.distributed import gather, gather_with_gradient
 from train.gradcache import in_micro_batches
 from train.losses import arcface, contrastive, supcon, triplet
 from train.model import Encoder
+from train.precision import exact_products
 
 
 class Outcome(NamedTuple):
@@ -96,7 +95,7 @@ class Learner(nn.Module):
         """
         features = self._features(images, precision)
         features, labels, groups = gather_with_gradient(features), gather(labels), gather(groups)
-        with _full_float32():
+        with exact_products():
             metric, embeddings = self.encoder.embed(features)
             losses, figures = self._losses(metric, embeddings, labels, groups, uniform, mining)
         total = embeddings.new_zeros(())
@@ -162,14 +161,3 @@ class Learner(nn.Module):
             logits = self.head(self.log_scale.exp() * embeddings)
             losses["classification"] = F.cross_entropy(logits, labels, self.class_weights)
         return losses, figures
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Matrix products in whole float32: TensorFloat-32 would put 0.03 on the distance of near embeddings."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
