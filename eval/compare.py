@@ -1,4 +1,4 @@
-"""Two models on the same images: the paired bootstrap over patients, and DeLong's test."""
+"""Two models, or two recipes of several runs, on the same images: paired bootstrap over patients, DeLong."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +10,35 @@ import numpy as np
 from configs.errors import UserError
 from configs.load import load as read_config
 from configs.schema import Experiment
-from eval.figures import Detection, Need, estimate
+from eval.figures import Detection, Need, Part, estimate
 from eval.metrics import Bools, Bootstrap, Floats, Ints
-from train.classifier import Classifier, load
+from train.classifier import load
 from train.embeddings import Embeddings, read_embeddings
 
 COMPARED = ("roc_auc", "pr_auc", "partial_auc", "sensitivity", "specificity", "brier")
 
 
+class Mean:
+    """The mean of some figures over runs of one recipe, on the same images under the same draws."""
+
+    def __init__(self, runs: Sequence[Detection]) -> None:
+        self._runs = runs
+
+    def under(self, multiplicity: Floats) -> dict[str, Floats]:
+        """name -> (b,)."""
+        of = [run.under(multiplicity) for run in self._runs]
+        return {name: np.mean([each[name] for each in of], axis=0) for name in COMPARED}
+
+    def needs(self) -> Mapping[str, Sequence[Need]]:
+        """name -> what it needs."""
+        of = [run.needs() for run in self._runs]
+        return {name: [need for each in of for need in each[name]] for name in COMPARED}
+
+
 class Difference:
     """First less second, of some figures, on the same images under the same draws."""
 
-    def __init__(self, first: Detection, second: Detection) -> None:
+    def __init__(self, first: Part, second: Part) -> None:
         self._first, self._second = first, second
 
     def under(self, multiplicity: Floats) -> dict[str, Floats]:
@@ -100,56 +117,75 @@ def _placements(scores: Floats, positives: Bools) -> tuple[Floats, Floats]:
     return below(others, scores[positives]), 1 - below(of, scores[~positives])
 
 
-def compare(first: Path, second: Path) -> dict[str, Any]:
-    """Two runs on the test set that they have in common: each one's figures, and the first less the second.
+def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
+    """Two recipes on the test set that their runs have in common: each one's figures, and first less second.
 
-    The settings of `evaluate` are the first run's.
+    A recipe of several runs, such as seeds, is worth the mean of their figures. The intervals tell how far
+    other patients would move it; `runs` has the ROC-AUC of every run, which tells how far other seeds would.
+
+    Args:
+        first, second: run folders of one recipe each. The settings of `evaluate` are the first one's.
 
     Raises:
         UserError: if a run is not finished, or their test sets are not of the same images, labels and
         patients.
     """
-    experiment = read_config(first / "config.yaml")
+    experiment = read_config(first[0] / "config.yaml")
     settings, group = experiment.evaluate, group_name(experiment)
     bootstrap = Bootstrap(settings.bootstrap, settings.confidence, settings.seed)
-    one, other = (read_embeddings(run, "test") for run in (first, second))
-    order = _paired(one, other, (first, second))
-    groups, labels = one.group_codes(), one.labels
-    classifiers = [load(run) for run in (first, second)]
-    positive = classifiers[0].positive
-    scores = (_scores(classifiers[0], one), _scores(classifiers[1], other)[order])
-    one_part, other_part = (
-        Detection(its, labels == positive, groups, threshold=c.threshold, name=c.classes[c.positive])
-        for its, c in zip(scores, classifiers, strict=True)
-    )
+    like, classifier = read_embeddings(first[0], "test"), load(first[0])
+    groups, positives = like.group_codes(), like.labels == classifier.positive
+    sides = [[_detection(run, like, first[0]) for run in runs] for runs in (first, second)]
+    parts = [Mean([part for part, _ in side]) for side in sides]
+    found = estimate([Difference(*parts)], groups, bootstrap, group)
+    if len(first) == len(second) == 1 and positives.any() and not positives.all():
+        found["delong"] = delong(sides[0][0][1], sides[1][0][1], positives, bootstrap.confidence)
+    whole = np.ones((1, int(groups.max()) + 1))
     return {
-        "runs": [str(first), str(second)],
-        "positive": classifiers[0].classes[positive],
+        "runs": [
+            {
+                str(run): float(part.under(whole)["roc_auc"][0])
+                for run, (part, _) in zip(runs, side, strict=True)
+            }
+            for runs, side in zip((first, second), sides, strict=True)
+        ],
+        "positive": classifier.classes[classifier.positive],
         "group": group,
-        "images": len(labels),
+        "images": len(positives),
         "groups": int(groups.max()) + 1,
         "confidence": bootstrap.confidence,
-        "first": estimate([one_part], groups, bootstrap, group),
-        "second": estimate([other_part], groups, bootstrap, group),
-        "difference": differences(
-            (one_part, other_part), scores, labels == positive, groups, bootstrap, group
-        ),
+        "first": estimate([parts[0]], groups, bootstrap, group),
+        "second": estimate([parts[1]], groups, bootstrap, group),
+        "difference": found,
     }
+
+
+def _detection(run: Path, like: Embeddings, first: Path) -> tuple[Detection, Floats]:
+    """A run on the test images in the order of another's, and its scores (n,) of them."""
+    test, classifier = read_embeddings(run, "test"), load(run)
+    order = _paired(like, test, (first, run))
+    scores = classifier.probabilities(test.vectors, test.metadata)[order, classifier.positive]
+    positives = like.labels == classifier.positive
+    name = classifier.classes[classifier.positive]
+    return Detection(scores, positives, like.group_codes(), threshold=classifier.threshold, name=name), scores
 
 
 def said(results: Mapping[str, Any]) -> list[str]:
     """A comparison as lines to print."""
-    first, second = results["runs"]
     size = f"{results['images']:,} images of {results['groups']:,} {results['group']}s"
     lines = [
-        f"A  {first}",
-        f"B  {second}",
+        *(f"{side}  {run}" for side, runs in zip("AB", results["runs"], strict=True) for run in runs),
         f"the same {size}; [{results['confidence']:.0%} interval over {results['group']}s]",
         f"  {'':<14}{'A':<24}{'B':<24}A - B",
     ]
     for name in COMPARED:
         cells = [interval(results[which], name) for which in ("first", "second", "difference")]
         lines.append(f"  {name:<14}{cells[0]:<24}{cells[1]:<24}{cells[2]}")
+    for side, runs in zip("AB", results["runs"], strict=True):
+        if len(runs) > 1:
+            values = np.array(list(runs.values()))
+            each = ", ".join(f"{value:.3f}" for value in values)
+            lines.append(f"  {side}: mean of {len(runs)} runs, ROC-AUC {each}, sd {values.std(ddof=1):.3f}")
     if "delong" in results["difference"]:
         lines += [
             "",
@@ -181,10 +217,6 @@ def interval(split: Mapping[str, Any], name: str) -> str:
     if f"{name}.interval" in split["undefined"]:
         return f"{figure['value']:.3f}, no interval: {split['undefined'][f'{name}.interval']}"
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
-
-
-def _scores(classifier: Classifier, test: Embeddings) -> Floats:
-    return classifier.probabilities(test.vectors, test.metadata)[:, classifier.positive]
 
 
 def _paired(one: Embeddings, other: Embeddings, runs: tuple[Path, Path]) -> Ints:

@@ -142,9 +142,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(action=_export)
 
-    verb = add("compare", "two runs on the test set they have in common: paired bootstrap and DeLong")
-    verb.add_argument("first", type=Path, metavar="RUN_A", help="run folder, embedded and classified")
-    verb.add_argument("second", type=Path, metavar="RUN_B", help="another, of the same test images")
+    verb = add("compare", "two runs, or two recipes of several, on their test set: paired bootstrap, DeLong")
+    verb.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, embedded and classified"
+    )
+    verb.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="runs of the other recipe, such as its seeds; if not given, the second RUN is the other",
+    )
     verb.add_argument("--json", type=Path, metavar="FILE", help="all figures, for machines")
     verb.set_defaults(action=_compare)
 
@@ -310,7 +318,12 @@ def _compare(options: argparse.Namespace) -> None:
     from eval.compare import compare, said
     from shards.files import write_json
 
-    results = compare(options.first, options.second)
+    first, second = options.runs, options.against
+    if not second:
+        if len(first) != 2:
+            raise UserError(f"{len(first)} runs: give two, or those of the other recipe after --against")
+        first, second = first[:1], first[1:]
+    results = compare(first, second)
     if options.json:
         write_json(options.json, results)
     print("\n".join(said(results)))

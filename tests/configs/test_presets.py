@@ -30,10 +30,30 @@ def test_a_preset_fits_eight_ranks(path: Path) -> None:
     check_world_size(experiment.loader.global_batch, 8, len(experiment.pack.classes) if balanced else 1)
 
 
-def test_presets_do_not_share_folders() -> None:
+def test_presets_share_no_run_folder_and_a_shard_set_only_if_they_pack_it_alike() -> None:
     experiments = [load(path) for path in PRESETS]
-    for folders in ([e.run.folder for e in experiments], [e.pack.output for e in experiments]):
-        assert len(set(folders)) == len(folders)
+    assert len({e.run.folder for e in experiments}) == len(experiments)
+    for one in experiments:
+        assert all(one.pack == other.pack for other in experiments if other.pack.output == one.pack.output)
+
+
+def test_the_recipes_to_compare_differ_in_what_is_compared() -> None:
+    default, reference, cross_entropy = (
+        load(CONFIGS / f"ham10000{name}.yaml") for name in ("", "_reference", "_crossentropy")
+    )
+    published = load(CONFIGS / "isic2020_reference.yaml")
+    for other in (reference, cross_entropy):
+        same = ("pack", "loader", "model", "evaluate")
+        assert all(getattr(other, name) == getattr(default, name) for name in same)
+        assert other.train.epochs == default.train.epochs
+    assert reference.loss == published.loss
+    varied = {"epochs", "patience", "processes"}
+    assert reference.train.model_dump(exclude=varied) == published.train.model_dump(exclude=varied)
+    assert reference.classifier.model_dump(exclude={"threshold"}) == published.classifier.model_dump(
+        exclude={"threshold"}
+    )
+    assert cross_entropy.train == default.train and cross_entropy.classifier == default.classifier
+    assert (cross_entropy.loss.triplet, cross_entropy.loss.classification) == (0, 1)
 
 
 def test_the_reference_is_the_published_recipe() -> None:

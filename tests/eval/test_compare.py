@@ -68,7 +68,7 @@ def test_two_runs_are_paired_by_image(tmp_path, capsys):
             META,
         ),
     )
-    results = compare(first, second)
+    results = compare([first], [second])
     aucs = []
     for run in (first, second):
         data = read_embeddings(run, "test")
@@ -89,6 +89,26 @@ def test_two_runs_are_paired_by_image(tmp_path, capsys):
     )
 
 
+def test_recipes_of_several_runs_are_worth_their_mean(tmp_path, capsys):
+    runs = [tmp_path / name for name in "abc"]
+    for run, noise in zip(runs, (1.0, 1.5, 3.0), strict=True):
+        make(run, noise)
+    single = [compare([run], [runs[2]]) for run in runs[:2]]
+    results = compare(runs[:2], runs[2:])
+    aucs = list(results["runs"][0].values())
+    assert aucs == pytest.approx([one["first"]["roc_auc"]["value"] for one in single])
+    for name in ("first", "difference"):
+        values = [one[name]["roc_auc"]["value"] for one in single]
+        assert results[name]["roc_auc"]["value"] == pytest.approx(np.mean(values))
+    apart = results["difference"]["roc_auc"]
+    assert apart["low"] < apart["value"] < apart["high"] and "delong" not in results["difference"]
+    main(["compare", str(runs[0]), str(runs[1]), "--against", str(runs[2])])
+    assert f"A: mean of 2 runs, ROC-AUC {aucs[0]:.3f}, {aucs[1]:.3f}, sd" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", str(runs[0])])
+    assert "1 runs: give two" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -103,7 +123,7 @@ def test_runs_of_other_test_sets_are_refused(tmp_path, change, told):
     test = read_embeddings(tmp_path / "b", "test")
     write_embeddings(tmp_path / "b", "test", Embeddings(**{**vars(test), **change}))
     with pytest.raises(UserError, match=told):
-        compare(tmp_path / "a", tmp_path / "b")
+        compare([tmp_path / "a"], [tmp_path / "b"])
 
 
 def test_a_split_is_judged_with_all_that_is_beside_it(tmp_path):
