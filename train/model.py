@@ -108,9 +108,8 @@ def build(settings: Settings, *, size: int, seed: int) -> Encoder:
         size: width and height of the images.
 
     Raises:
-        UserError: if there is no such backbone, it cannot take such images, or the weights cannot be had or
-        do
-            not fit it.
+        UserError: if there is no such backbone, it cannot take such images, or the weights cannot be had
+            or do not fit it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -29,11 +29,11 @@ def finished(tiny_pack: Pack, tiny_shards: ShardSet, tmp_path_factory: pytest.Te
             "run": {"folder": folder},
         }
     )
-    encoder = model.build(experiment.model, seed=0)
+    encoder = model.build(experiment.model, size=32, seed=0)
     with torch.no_grad():
         encoder.train()(torch.randn(64, 3, 32, 32))  # statistics for batch normalisation
     about = {
-        **experiment.model.model_dump(include={"backbone", "embedding_dim"}),
+        **experiment.model.model_dump(include=set(model.ARCHITECTURE)),
         "preprocessing": experiment.loader.model_dump(include={"size", "mean", "std"}),
         "encoding": tiny_shards.manifest["settings"]["encode"],
         "classes": tiny_shards.classes,

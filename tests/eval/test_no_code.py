@@ -58,7 +58,7 @@ def test_weights_and_checkpoints(bomb: Bomb, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     torch.save({"state_dict": bomb}, weights)
     with pytest.raises(UserError, match="cannot be read"):
-        model.build(Model(backbone="resnet18", weights=str(weights)), seed=0)
+        model.build(Model(backbone="resnet18", weights=str(weights)), size=32, seed=0)
     (tmp_path / "checkpoints").mkdir()
     torch.save({"fingerprint": "{}", "progress": bomb}, tmp_path / "checkpoints" / "step-00000001.pt")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
