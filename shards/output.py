@@ -25,6 +25,8 @@ from shards.shardset import MANIFEST, is_url
 
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 """Protocols under which a file appears only once it is there in full."""
+_ATTEMPTS = 100
+"""Tries to make and lock a work folder that others delete meanwhile."""
 _PATIENCE = 10.0
 """Seconds that a part waits for the last one of a job before it, which is deleting the work."""
 
@@ -102,19 +104,52 @@ class Output:
         """
         with contextlib.ExitStack() as stack:
             with writing(self.work if self.url else Path(self.place)):
-                stack.enter_context(new_folder(self.growing))
-            handle = lock(self.work, shared=not part.alone, patience=0 if part.alone else _PATIENCE)
-            if handle is None:
-                raise UserError(f"{self.place}: is being packed by another process; wait for it, or end it")
+                stack.enter_context(new_folder(self.work.parent))
+                handle = self._hold(part)
             stack.callback(os.close, handle)
-            if part.alone:
-                for leftover in self.work.rglob(".*.tmp"):
-                    leftover.unlink()
-            else:
-                self._agree(stack, job)
-            yield
-            if lock_alone(handle):
-                shutil.rmtree(self.work, ignore_errors=True)
+            whole = False
+            try:
+                if part.alone:
+                    for leftover in self.work.rglob(".*.tmp"):
+                        leftover.unlink()
+                else:
+                    self._agree(stack, job)
+                yield
+                whole = True
+            finally:
+                if lock_alone(handle):
+                    self._leave(whole)
+
+    def _hold(self, part: Part) -> int:
+        """The handle of a lock on the work folder, which several parts share."""
+        # A file, not the folder: network file systems keep locks on folders from other hosts.
+        path = self.work / "packing.lock"
+        patience = 0 if part.alone else _PATIENCE
+        for attempt in range(_ATTEMPTS):
+            try:
+                self.work.mkdir(exist_ok=True)
+                handle = lock(path, shared=not part.alone, patience=patience)
+                if handle is None:
+                    break
+                if _is_named(handle, path):
+                    self.growing.mkdir(exist_ok=True)
+                    return handle
+                os.close(handle)  # of a file that was deleted meanwhile: others may hold its successor
+            except FileNotFoundError:  # another packer is just deleting the folder
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise UserError(f"{self.place}: is being packed by another process; wait for it, or end it")
+
+    def _leave(self, whole: bool) -> None:
+        """Delete the work or, where there is more to do, what holds nothing of it."""
+        if whole:
+            shutil.rmtree(self.work, ignore_errors=True)
+            return
+        for claim in self.work.glob("*.lock"):
+            claim.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something is in them
+            self.growing.rmdir()
+            self.work.rmdir()
 
     def _agree(self, stack: contextlib.ExitStack, job: str) -> None:
         """Hold a lock in the job's name; raise UserError if another job's is held."""
@@ -174,6 +209,13 @@ class Output:
                 _flush(self.growing)
                 self.growing.rename(output)
                 _flush(output.parent)
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that a path names now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
 
 
 def put(folder: Path, url: str, names: list[str]) -> None:

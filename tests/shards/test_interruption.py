@@ -2,10 +2,13 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 
 from configs.packing import Pack
 from shards import scan
-from shards.claims import Part
+from shards.claims import Part, lock
 from shards.images import Ref
 from shards.pack import pack
 from shards.passes import Passes
@@ -257,6 +260,34 @@ def test_parts_of_unlike_jobs_refuse_each_other(tiny_pack: Pack, tmp_path: Path)
     with pytest.raises(ValueError, match=r"was packed with other settings: pack.seed is 5, was 0"):
         pack(other, part=Part(1, 2), progress=False)
     assert pack(settings, part=Part(1, 2), progress=False) == made
+
+
+def test_a_part_that_comes_while_the_work_is_being_deleted_finds_its_own_lock(
+    tiny_pack: Pack, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = threading.Event()
+    plain = time.sleep
+    monkeypatch.setattr("shards.claims.time.sleep", lambda seconds: (waited.set(), plain(seconds)))
+    settings = changed(tiny_pack, output=tmp_path / "shards", workers=1)
+    work = tmp_path / ".shards.partial"
+    work.mkdir()
+    before = lock(work / "packing.lock")
+    assert before is not None
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(pack, settings, part=Part(1, 2), progress=False)
+        assert waited.wait(timeout=60)
+        shutil.rmtree(work)
+        os.close(before)
+        late.result(timeout=60)
+    assert contents(tmp_path / "shards") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_parts_that_fail_leave_no_locks_behind(tiny_pack: Pack, tmp_path: Path) -> None:
+    settings = changed(tiny_pack, output=tmp_path / "shards", label_column="nosuch", workers=1)
+    with pytest.raises(ValueError, match="no column 'nosuch'"):
+        pack(settings, part=Part(0, 2), progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lone_packer_and_parts_refuse_each_other(

@@ -1,7 +1,6 @@
 """A shard set is what its contract says, for any number of workers and every reader; or nothing is left."""
 
 import csv
-import fcntl
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from nvidia.dali import fn, pipeline_def
 
 from configs.errors import UserError
 from configs.packing import Pack
+from shards.claims import lock
 from shards.describe import check_made_by
 from shards.pack import pack
 from shards.shardset import SPLITS, ShardSet
@@ -336,11 +336,11 @@ def test_a_packer_that_was_killed_leaves_no_trace_in_the_next_set(tiny_pack: Pac
 def test_a_second_packer_is_refused(tiny_pack: Pack, tmp_path: Path) -> None:
     partial = tmp_path / ".shards.partial"
     partial.mkdir()
-    handle = os.open(partial, os.O_RDONLY)
+    handle = lock(partial / "packing.lock")
+    assert handle is not None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process"):
             pack(changed(tiny_pack, output=tmp_path / "shards"), progress=False)
     finally:
         os.close(handle)
-    assert partial.is_dir()
+    assert names(partial) == ["packing.lock"]
