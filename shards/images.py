@@ -96,9 +96,11 @@ def read(ref: Ref) -> bytes:
     """
     try:
         if not ref.member:
-            handle = os.open(ref.path, os.O_RDONLY)  # with no file object: a third of the time
+            # With no file object: a third of the time. Not blocking: a pipe would wait for a writer for ever.
+            handle = os.open(ref.path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 size = ref.size if ref.size >= 0 else os.fstat(handle).st_size
+                _refuse_giant(size)
                 return os.pread(handle, size, ref.offset)
             finally:
                 os.close(handle)
@@ -127,7 +129,7 @@ def _from_hdf5(ref: Ref) -> bytes:
 
 def _refuse_giant(size: int) -> None:
     if size > LARGEST:
-        raise UserError(f"unpacks to {size:,} bytes: a decompression bomb")
+        raise UserError(f"{size:,} bytes are too many for a photograph (at most {LARGEST:,})")
 
 
 def entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:

@@ -91,7 +91,7 @@ def _rejected(
     table = pa.table(
         {
             "key": pa.array([records.keys[row] for row in bad], pa.string()),
-            "file": pa.array([refs[row].name for row in bad], pa.string()),
+            "file": pa.array([_printable(refs[row].name) for row in bad], pa.string()),
             "reason": pa.array([facts[row].reason for row in bad], pa.string()),
         }
     )
@@ -108,6 +108,11 @@ def _rejected(
         )
     beside.unlink(missing_ok=True)
     return table
+
+
+def _printable(name: str) -> str:
+    """A file's name as UTF-8 can hold it: the system's may be any bytes."""
+    return name.encode(errors="replace").decode()
 
 
 def _beside(output: Output) -> Path:

@@ -223,6 +223,17 @@ def test_what_is_rejected_is_listed_in_the_set(tiny_pack: Pack, tmp_path: Path) 
     assert "rejected.csv" in shards.manifest["files"]
 
 
+def test_a_rejected_file_may_have_any_name(tiny_pack: Pack, tmp_path: Path) -> None:
+    """As a folder from an old Windows has: Latin-1, not UTF-8."""
+    deeper = tmp_path / "images" / os.fsdecode(b"K\xf6rper")
+    deeper.mkdir(parents=True)
+    for image in Path(tiny_pack.images).iterdir():
+        (deeper / image.name).write_bytes(image.read_bytes() if image.stem != "TINY_0007" else b"")
+    shards = packed(changed(tiny_pack, images=tmp_path / "images", output=tmp_path / "shards"))
+    (row,) = read_table(shards.folder / "rejected.csv")
+    assert (row["key"], row["file"]) == ("TINY_0007", "K?rper/TINY_0007.jpg")
+
+
 def test_no_place_to_write_is_one_clear_line(tiny_pack: Pack, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/shards: cannot be written \(.+\); make room"):

@@ -1,5 +1,6 @@
 """Whatever kind of table and place the images come from, the same set comes out."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -310,7 +311,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch
         archive.writestr("a.jpg", bytes(1001))
     (ref,) = locate(["a"], str(tmp_path / "images.zip"), tmp_path)
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("unpacked"))
-    with pytest.raises(UserError, match="unpacks to 1,001 bytes: a decompression bomb"):
+    with pytest.raises(UserError, match="1,001 bytes are too many for a photograph"):
         read(ref)
 
 
@@ -407,3 +408,17 @@ def test_a_sources_own_order_of_classes_changes_no_label(
     of_source = {name: records.labels[records.sources == name].tolist() for name in sources}
     assert of_source["other"] == [row["target"] for row in rows]
     assert of_source["part"] == [1] * sum(row["target"] for row in rows)
+
+
+def test_what_is_no_file_or_too_much_of_one_is_a_reason(tmp_path: Path) -> None:
+    """A pipe without a writer is not waited for; a giant is not read."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "giant.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    pipe, giant, device = locate(["pipe", "giant", "device"], str(tmp_path), tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read(pipe)
+    with pytest.raises(UserError, match="1,099,511,627,776 bytes are too many for a photograph"):
+        read(giant)
+    assert read(device) == b""
