@@ -1,6 +1,5 @@
 """Which image goes into which split and shard: decided from the tables and what was found of the images."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,6 +64,7 @@ def make_plan(
         rows = np.flatnonzero([not fact.reason for fact in facts])
     units = tie(_codes(records.groups), np.concatenate([pairs.rows, _chains(records.lesions)]))
     given = _given_to_units(settings, records, units)
+    free = [part for part in range(len(settings.split_names)) if not (given == part).any()]
 
     usable = len(rows)
     if settings.duplicates_action == "drop":
@@ -74,7 +74,7 @@ def make_plan(
         rows = rows[undersample(records.labels[rows], settings.seed)]
     kept = records.take(rows)
     groups = _codes(kept.groups)
-    splits = _deal(settings, kept, units[rows], given[rows])
+    splits = _deal(settings, kept, units[rows], given[rows], free)
     _refuse_gaps(settings, kept, groups, splits)
 
     order, ends = _order(settings, groups, splits)
@@ -123,12 +123,11 @@ def _given_to_units(settings: Pack, records: Records, units: Ints) -> Ints:
     return chosen[units]
 
 
-def _deal(settings: Pack, records: Records, units: Ints, splits: Ints) -> Ints:
-    """Index (N,) of each image's split: as given where it is, dealt for the others."""
+def _deal(settings: Pack, records: Records, units: Ints, splits: Ints, free: Sequence[int]) -> Ints:
+    """Index (N,) of each image's split: as given where it is, dealt among the `free` ones for the others."""
     left = np.flatnonzero(splits == UNDEALT)
     if not len(left):
         return splits
-    free = [part for part in range(len(settings.split_names)) if not (splits == part).any()]
     if not free:
         raise UserError(
             f"{len(left)} images are in no split, first {records.keys[left[0]]}; give them one, or leave "
@@ -192,9 +191,8 @@ def _listed(path: Path, records: Records) -> Ints:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason}); see pack.split_files") from None
     ids = [without_ending(line.strip()) for line in lines if line.strip()]
-    row = {name: n for n, name in enumerate(records.ids)} | {key: n for n, key in enumerate(records.keys)}
-    shared = {name for name, count in Counter(records.ids).items() if count > 1}
-    unknown = [name for name in ids if name not in row or name in shared]
+    row = records.rows_by_name()
+    unknown = [name for name in ids if name not in row]
     if unknown or not ids:
         raise UserError(
             f"{path}: {len(unknown)} of its {len(ids)} lines are the id of no image, or of several sources' "

@@ -47,6 +47,12 @@ class Records:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def rows_by_name(self) -> dict[str, int]:
+        """Row of every key, and of every id that one source alone has."""
+        times = Counter(self.ids)
+        alone = {name: row for row, name in enumerate(self.ids) if times[name] == 1}
+        return alone | {key: row for row, key in enumerate(self.keys)}
+
     def take(self, rows: NDArray[np.int64]) -> "Records":
         """The records at `rows` (k,), in that order."""
         return Records(
@@ -90,16 +96,19 @@ def read(settings: Pack, work: Path = Path()) -> Records:
 def read_pairs(settings: Pack, records: Records) -> NDArray[np.int64]:
     """Listed duplicates as rows (m, 2) of `records`; pairs with an image outside the tables are left out.
 
+    An id means the image of the list's own source, else that of the only other source that has it.
+
     Raises:
-        UserError: if a list cannot be read, has not two columns, or names no pair of its table.
+        UserError: if a list cannot be read, has not two columns, or names no pair of the tables.
     """
-    pairs = [
-        _read_pairs(source.duplicates, {records.ids[row]: int(row) for row in rows})
-        for name, source in settings.each_source.items()
-        if source.duplicates
-        for rows in [np.flatnonzero(records.sources == name)]
-    ]
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+    known = records.rows_by_name()
+    pairs: dict[tuple[int, int], None] = {}  # a list that several sources share is read for each of them
+    for name, source in settings.each_source.items():
+        if source.duplicates:
+            own = {records.ids[row]: int(row) for row in np.flatnonzero(records.sources == name)}
+            found = _read_pairs(source.duplicates, known | own)
+            pairs |= dict.fromkeys(pair for pair in found if pair[0] != pair[1])
+    return np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
 
 
 def table_of(source: Source, work: Path) -> pa.Table:
@@ -246,11 +255,16 @@ def _refuse_empty_classes(settings: Pack, labels: NDArray[np.int64], work: Path)
     )
 
 
-def _read_pairs(path: Path, row: dict[str, int]) -> NDArray[np.int64]:
+def _read_pairs(path: Path, row: dict[str, int]) -> list[tuple[int, int]]:
     table = read_table(path, "pack.duplicates")
     columns = [name for name in table.column_names if name]
     if len(columns) != 2:
         raise UserError(f"{path}: pack.duplicates must have two columns of image ids, found {columns}")
+    if all(without_ending(name) in row for name in columns):
+        raise UserError(
+            f"{path}: its first line is a pair of images ({', '.join(columns)}), which would be taken for "
+            "the columns' names; put a line such as one,other before it"
+        )
     ids = [[without_ending(text) for text in texts(table, name)] for name in columns]
     pairs = [(row[one], row[other]) for one, other in zip(*ids, strict=True) if one in row and other in row]
     if not pairs:
@@ -258,4 +272,4 @@ def _read_pairs(path: Path, row: dict[str, int]) -> NDArray[np.int64]:
             f"{path}: none of its {table.num_rows} pairs is in the table (first: {ids[0][0]}, {ids[1][0]}); "
             "give the list that belongs to this table, or leave pack.duplicates out"
         )
-    return np.array(pairs, dtype=np.int64)
+    return pairs

@@ -1,6 +1,7 @@
 """Properties of the plan over random tables: nothing leaks, all is dealt, shards keep to their limits."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from configs.packing import Pack
 from shards.leaks import KINDS, crossing, duplicates
 from shards.pack import pack
 from shards.plan import Plan, make_plan
-from shards.records import Records
+from shards.records import Records, read_pairs
 from shards.scan import Fact
 from shards.shardset import SPLITS, ShardSet
 from shards.split import connect, split, tie
@@ -317,3 +318,37 @@ def test_a_rejected_image_passes_its_place_to_its_listed_copy(tmp_path: Path) ->
     chosen = Pack(duplicates=tmp_path / "pairs.csv", duplicates_action="drop", near_duplicates=None)
     plan = make_plan(chosen, images(), facts)
     assert set(range(120)) - set(plan.rows.tolist()) == {0, 4}
+
+
+def test_a_given_split_whose_images_are_all_rejected_is_not_filled_with_others(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("I00000\nI00003\n")
+    facts = [Fact("truncated" if n < 6 else "", sha256=str(n)) for n in range(120)]
+    chosen = Pack(split_files={"test": tmp_path / "test.txt"}, near_duplicates=None)
+    with pytest.raises(UserError, match="test has no benign, test has no melanoma"):
+        make_plan(chosen, images(), facts)
+
+
+def test_a_list_of_duplicates_reaches_over_sources(tmp_path: Path) -> None:
+    """`I00000` is the list's own source's, `J` is of one other source alone, `b_I00001` names its source."""
+    table = records([0, 1, 2, 3, 4], [0] * 5, [""] * 5)
+    sources = np.array(["a", "a", "b", "b", "b"], dtype=object)
+    ids = np.array(["I00000", "I00001", "I00000", "I00001", "J"], dtype=object)
+    keys = np.array([f"{source}_{name}" for source, name in zip(sources, ids, strict=True)], dtype=object)
+    table = replace(table, sources=sources, ids=ids, keys=keys)
+    (tmp_path / "pairs.csv").write_text("one,other\nI00000,J\nI00001,b_I00001\n")
+    own: dict[str, Any] = {"a": {"duplicates": tmp_path / "pairs.csv"}, "b": {}}
+    for fields, expected in (
+        ({"sources": own}, [(0, 4), (1, 3)]),
+        (
+            {"sources": {"a": {}, "b": {}}, "duplicates": tmp_path / "pairs.csv"},
+            [(0, 4), (1, 3), (2, 4)],
+        ),
+    ):
+        pairs = read_pairs(Pack.model_validate(fields), table)
+        assert [tuple(pair) for pair in pairs.tolist()] == expected
+
+
+def test_a_list_of_duplicates_without_a_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("I00000.jpg,I00003.jpg\nI00006,I00009\n")
+    with pytest.raises(UserError, match=r"its first line is a pair of images \(I00000.jpg, I00003.jpg\)"):
+        make_plan(Pack(duplicates=tmp_path / "pairs.csv"), images())
