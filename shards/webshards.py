@@ -7,6 +7,7 @@ images' bytes, unless the shard is a local tar, which they are read from.
 
 import hashlib
 import json
+import math
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,9 +148,12 @@ def _samples(url: str) -> Iterator[dict[str, Any]]:
     try:
         yield from webdataset.WebDataset([url], shardshuffle=False, empty_check=False)
     except Exception as error:  # whatever a URL's own reader raises
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # The package adds its objects to the words.
+        said = getattr(error, "strerror", None) or next((a for a in error.args if isinstance(a, str)), "")
+        reason = " ".join(said.split()) or type(error).__name__
         raise UserError(
-            f"{url}: cannot be read as a WebDataset shard ({reason}); check the address in pack.images"
+            f"{url}: cannot be read as a WebDataset shard ({reason}); check the address in pack.images, "
+            "which must be that of a tar"
         ) from None
 
 
@@ -159,10 +163,10 @@ def _open_by_fsspec(url: str, mode: str, *_: Any, **__: Any) -> Any:
     return fsspec.open(url, mode).open()
 
 
-def _images(sample: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    for ending, payload in sample.items():
-        if f".{ending.rpartition('.')[2].lower()}" in SUFFIXES:
-            yield ending, payload
+def _images(sample: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """Ending and bytes of a sample's image: `jpg` goes before such as `mask.png`, which says more."""
+    images = [item for item in sample.items() if f".{item[0].rpartition('.')[2].lower()}" in SUFFIXES]
+    return [item for item in images if "." not in item[0]] or images
 
 
 def _told(sample: dict[str, Any]) -> dict[str, str]:
@@ -174,7 +178,7 @@ def _told(sample: dict[str, Any]) -> dict[str, str]:
 
 
 def _described(url: str, sample: dict[str, str]) -> dict[str, str]:
-    """Label and metadata of a sample as text; values that are lists or mappings are left out."""
+    """Label and metadata of a sample as text; blanks, lists and mappings are left out."""
     said: dict[str, Any] = {}
     if "json" in sample:
         try:
@@ -190,4 +194,10 @@ def _described(url: str, sample: dict[str, str]) -> dict[str, str]:
     if "cls" in sample:
         said["cls"] = sample["cls"]
     said.pop("key", None)
-    return {name: str(v) for name, v in said.items() if v is not None and not isinstance(v, (list, dict))}
+    return {name: str(value) for name, value in said.items() if _told_of(value)}
+
+
+def _told_of(value: object) -> bool:
+    """Whether a field says something: pandas writes its blanks as NaN."""
+    blank = value is None or (isinstance(value, float) and math.isnan(value))
+    return not blank and not isinstance(value, (list, dict))

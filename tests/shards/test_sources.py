@@ -18,6 +18,7 @@ from pyarrow import csv
 
 from configs.errors import UserError
 from configs.packing import Pack
+from shards import webshards
 from shards.describe import check_made_by
 from shards.images import Ref, locate, read
 from shards.leaks import crossing
@@ -171,7 +172,8 @@ def test_shards_are_read_over_http(tiny_pack: Pack, tiny_shards: ShardSet, tmp_p
         assert shards.samples["crc32"].equals(tiny_shards.samples["crc32"])
         missing = url.replace("001", "002")
         with pytest.raises(
-            UserError, match=r"web-002.tar: cannot be read as a WebDataset shard .*pack.images"
+            UserError,
+            match=r"web-002.tar: cannot be read as a WebDataset shard \(empty file\); .*pack.images",
         ):
             packed(tiny_pack, images=missing, output=tmp_path / "other")
     finally:
@@ -422,3 +424,32 @@ def test_what_is_no_file_or_too_much_of_one_is_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1,099,511,627,776 bytes are too many for a photograph"):
         read(giant)
     assert read(device) == b""
+
+
+def test_blanks_of_pandas_in_shards_are_blanks(tmp_path: Path) -> None:
+    """Else all images without a lesion would be of one, `nan`, and end up in one split."""
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "web.tar")) as writer:
+        about = {"lesion_id": float("nan"), "age": float("nan"), "sex": None}
+        for number in range(2):
+            writer.write({"__key__": f"a{number}", "cls": number, "json": about | {"patient_id": number}})
+    settings = Pack(table=None, images=str(tmp_path / "web.tar"), id_column="key", label_column="cls")
+    for url in webshards.to_fetch(settings):
+        webshards.fetch(url, tmp_path)
+    records = read_records(settings, tmp_path)
+    assert records.lesions.tolist() == ["", ""] and records.groups.tolist() == ["0", "1"]
+    assert records.metadata.column_names == ["cls"]
+
+
+def test_a_mask_beside_an_image_in_a_shard_is_no_second_image(tmp_path: Path) -> None:
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "web.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": b"image", "mask.png": b"mask"})
+        writer.write({"__key__": "b", "left.jpg": b"image"})
+    for place in (f"file://{tmp_path}/web.tar", str(tmp_path / "web.tar")):
+        (ref,) = locate(["a"], place, tmp_path)
+        assert read(ref) == b"image"
+    (ref,) = locate(["b"], f"file://{tmp_path}/web.tar", tmp_path)
+    assert read(ref) == b"image"
