@@ -45,9 +45,12 @@ class Output:
         """As the configuration says."""
         place = settings.output
         if is_url(place):
+            place = place.rstrip("/")
             name = f"moleprint-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
-            return cls(place.rstrip("/"), (settings.work or Path(tempfile.gettempdir())) / name)
+            return cls(place, (settings.work or Path(tempfile.gettempdir())) / name)
         folder = Path(place).resolve()
+        if not folder.name:
+            raise UserError(f"{folder}: is no new folder; set pack.output to one below it")
         return cls(str(folder), folder.with_name(f".{folder.name}.partial"))
 
     @property

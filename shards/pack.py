@@ -21,7 +21,7 @@ from configs.packing import Pack
 from shards import leaks, webshards
 from shards.claims import ALONE, POLL, Part, lock
 from shards.describe import DUPLICATES, REJECTED, check_made_by, fingerprint, manifest, samples_table
-from shards.files import atomic, sha256, write_json
+from shards.files import atomic, sha256, write_json, writing
 from shards.images import Ref, locate
 from shards.output import Output
 from shards.passes import Passes
@@ -50,9 +50,10 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
             next try.
     """
     output = Output.of(settings)
-    continued = not part.alone or output.work.exists()  # perhaps ended just before the work was deleted
-    if not (continued and output.packed()):
-        output.refuse_existing()
+    with writing(Path(output.place)):
+        continued = not part.alone or output.work.exists()  # perhaps ended just before the work was deleted
+        if not (continued and output.packed()):
+            output.refuse_existing()
     with output.working(part, fingerprint(settings)), Crew(settings.workers) as crew:
         if output.packed():
             check_made_by(output.manifest(), settings, output.place)

@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.packing import Pack
+from shards.output import Output
 from shards.pack import pack
 from shards.shardset import ShardSet
 
@@ -98,3 +99,14 @@ def test_an_unknown_kind_of_url_is_one_clear_line(tiny_pack: Pack, tmp_path: Pat
 def test_a_set_at_a_url_is_not_read_in_place() -> None:
     with pytest.raises(UserError, match="copy it to a local folder first"):
         ShardSet.open("s3://bucket/set")
+
+
+@pytest.mark.parametrize(("output", "words"), [("/", "is no new folder"), ("x" * 250, "File name too long")])
+def test_a_folder_that_cannot_be_is_one_clear_line(output: str, words: str, tiny_pack: Pack) -> None:
+    with pytest.raises(UserError, match=f"{words}.*"):
+        pack(changed(tiny_pack, output=output), progress=False)
+
+
+def test_a_slash_at_the_end_makes_no_other_url() -> None:
+    one, other = (Output.of(Pack(output=f"s3://bucket/set{end}")) for end in ("", "/"))
+    assert one == other
