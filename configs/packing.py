@@ -100,7 +100,8 @@ class Source(Section):
     """Class name -> the label column's values that mean it; `"*"` means all others. The order of
     `pack.classes` is the class index; a source may name some of them, in any order."""
     duplicates: Path | None = None
-    """CSV with two columns of image ids, listed as duplicates of each other (ISIC 2020 has one)."""
+    """CSV with a header and two columns of image ids, listed as duplicates of each other (ISIC 2020 has one).
+    An id that several sources have means this source's; SOURCE_ID names another's."""
 
     @model_validator(mode="after")
     def _classes_make_sense(self) -> "Source":

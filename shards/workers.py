@@ -1,14 +1,16 @@
 """Tasks in worker processes that end with their parent, whatever ends it. Light to import."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from configs.errors import UserError
@@ -48,8 +50,9 @@ class Crew:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", *modules])
         self._pool = ProcessPoolExecutor(self._workers, context, initializer=_end_with_parent)
-        for _ in range(self._workers):
-            self._pool.submit(importlib.import_module, __name__)  # it starts a worker for a task, not before
+        with _ctrl_c_held_back():
+            for _ in range(self._workers):
+                self._pool.submit(importlib.import_module, __name__)  # a worker starts for a task, not before
 
     def in_order(
         self, function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]]
@@ -93,9 +96,30 @@ def in_order(
         yield from crew.in_order(function, tasks)
 
 
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends, and never reach processes that start in it.
+
+    Else it ends them amid imports, or this process before it knows them, and they show where they were.
+    """
+    resource_tracker.ensure_running()  # or it starts later, and lets Ctrl-C through to the others
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
 def _end_with_parent() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it: an orphan would wait for tasks for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for a fork server of others
     parent = multiprocessing.parent_process()
     assert parent is not None
 

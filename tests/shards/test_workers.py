@@ -43,6 +43,13 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
         list(in_order(os._exit, iter([(9,)]), workers=2))
 
 
+def test_ctrl_c_never_reaches_a_worker() -> None:
+    """Not even one that still starts, and would show where: it is the parent's to deal with."""
+    (blocked,) = in_order(signal.pthread_sigmask, iter([(signal.SIG_BLOCK, ())]), workers=2)
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_do_not_outlive_their_parent(how: signal.Signals) -> None:
     code = (
