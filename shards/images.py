@@ -188,12 +188,17 @@ def _in_folder(folder: Path) -> Iterator[tuple[str, Ref]]:
 
 def _in_tar(path: Path) -> Iterator[tuple[str, Ref]]:
     mark = stamp(path.stat())
+    places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
+                if info.isreg():
+                    places[info.name] = info.offset_data, info.size
+                # tar(1) stores a file with two names once, and the second name as a link to the first.
+                place = places.get(info.linkname if info.islnk() else info.name)
                 stem = without_ending(Path(info.name).name)
-                if info.isreg() and stem != Path(info.name).name:
-                    yield stem, Ref(str(path), info.name, mark, info.offset_data, info.size)
+                if place and stem != Path(info.name).name:
+                    yield stem, Ref(str(path), info.name, mark, *place)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an uncompressed tar ({error}); copy it again") from None
 

@@ -453,3 +453,11 @@ def test_a_mask_beside_an_image_in_a_shard_is_no_second_image(tmp_path: Path) ->
         assert read(ref) == b"image"
     (ref,) = locate(["b"], f"file://{tmp_path}/web.tar", tmp_path)
     assert read(ref) == b"image"
+
+
+def test_a_tar_of_hard_links_holds_every_name(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"image")
+    os.link(tmp_path / "images" / "a.jpg", tmp_path / "images" / "b.jpg")
+    refs = locate(["a", "b"], str(in_tar(tmp_path / "images", tmp_path / "images.tar")), tmp_path)
+    assert [read(ref) for ref in refs] == [b"image"] * 2
