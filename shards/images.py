@@ -17,6 +17,8 @@ from configs.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Image files are known by these endings, in either case."""
+BLOCK = 512
+"""Bytes of a block of a tar."""
 LARGEST = 1 << 29
 """Bytes of an encoded image, at most: an uncompressed one with as many pixels as are allowed fits."""
 
@@ -199,8 +201,17 @@ def _in_tar(path: Path) -> Iterator[tuple[str, Ref]]:
                 stem = without_ending(Path(info.name).name)
                 if place and stem != Path(info.name).name:
                     yield stem, Ref(str(path), info.name, mark, *place)
+            end = _block(path, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an uncompressed tar ({error}); copy it again") from None
+    if end != bytes(BLOCK):  # tarfile takes whatever is no header for the end
+        raise UserError(f"{path}: breaks off or is damaged after {len(places)} members; copy it again")
+
+
+def _block(path: Path, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(BLOCK)
 
 
 def _in_zip(path: Path) -> Iterator[tuple[str, Ref]]:

@@ -11,9 +11,8 @@ from typing import IO, NamedTuple
 
 from configs.errors import UserError
 from shards.files import atomic, sha256, write_text
-from shards.images import Ref, read
+from shards.images import BLOCK, Ref, read
 
-BLOCK = 512
 KINDS = ("jpg", "cls", "json")
 """Endings of a sample's members, in their order."""
 _MTIME = 1_577_836_800  # 2020-01-01: fixed, so that bytes repeat; not 0, which tar(1) warns of

@@ -8,7 +8,9 @@ images' bytes, unless the shard is a local tar, which they are read from.
 import hashlib
 import json
 import math
+import re
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +20,10 @@ import pyarrow as pa
 from configs.errors import UserError
 from configs.packing import Source
 from shards.files import atomic, write_text
-from shards.images import SUFFIXES, Ref, is_local_tar, is_web, stamp
+from shards.images import BLOCK, SUFFIXES, Ref, entries, is_local_tar, is_web, stamp
 
 _VERSION = 2  # of what `fetch` leaves behind
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
 _PATIENCE = 30.0  # seconds that a server has to say what a file is
 
 
@@ -86,6 +89,8 @@ def fetch(url: str, folder: Path) -> Fetched:
     """
     data, listing = paths(url, folder)
     before, keep = identity(url), not is_local_tar(url)
+    if not keep:
+        deque(entries(url, folder), maxlen=0)  # raises where the tar is damaged
     found = Fetched(before, [], [])
     with atomic(data) as file:
         for sample in _samples(url):
@@ -139,22 +144,51 @@ def paths(url: str, folder: Path) -> tuple[Path, Path]:
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
-    import webdataset
-    from webdataset.gopen import gopen_schemes
+    from webdataset.gopen import gopen, gopen_schemes
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     scheme = url.partition("://")[0]
     if "://" in url and scheme != "file":
         gopen_schemes.setdefault(scheme, _open_by_fsspec)  # such as s3, which webdataset does not know
     try:
-        yield from webdataset.WebDataset([url], shardshuffle=False, empty_check=False)
+        stream = _Stream(gopen(url))
+        yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+        cut = stream.cut()
     except Exception as error:  # whatever a URL's own reader raises
-        # The package adds its objects to the words.
-        said = getattr(error, "strerror", None) or next((a for a in error.args if isinstance(a, str)), "")
-        reason = " ".join(said.split()) or type(error).__name__
         raise UserError(
-            f"{url}: cannot be read as a WebDataset shard ({reason}); check the address in pack.images, "
-            "which must be that of a tar"
+            f"{url}: cannot be read as a WebDataset shard ({_reason(error)}); check the address in "
+            "pack.images, which must be that of a tar"
         ) from None
+    if cut:
+        raise UserError(f"{url}: breaks off: a tar without its end; copy it again")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the objects and the command that the package adds."""
+    said = getattr(error, "strerror", None) or next((a for a in error.args if isinstance(a, str)), "")
+    if status := re.search(r"exit (\d+) \(read\)", said):
+        return f"its download ended with status {status[1]}"
+    return " ".join(said.split()) or type(error).__name__
+
+
+class _Stream:
+    """A shard as it comes in, and its first and last bytes: only they tell whether it came whole."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._first, self._last = stream, b"", b""
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, at most `size`."""
+        data: bytes = self._stream.read(size)
+        self._first = self._first or data[:6]
+        self._last = (self._last + data)[-BLOCK:]
+        return data
+
+    def cut(self) -> bool:
+        """Whether it ends other than with a tar's block of zeros; of a compressed one its reader says so."""
+        while self.read(1 << 16):
+            pass
+        return not self._first.startswith(_COMPRESSED) and self._last != bytes(BLOCK)
 
 
 def _open_by_fsspec(url: str, mode: str, *_: Any, **__: Any) -> Any:

@@ -173,7 +173,7 @@ def test_shards_are_read_over_http(tiny_pack: Pack, tiny_shards: ShardSet, tmp_p
         missing = url.replace("001", "002")
         with pytest.raises(
             UserError,
-            match=r"web-002.tar: cannot be read as a WebDataset shard \(empty file\); .*pack.images",
+            match=r"web-002.tar: cannot be read .*\((empty file|its download .* 22)\); .*pack.images",
         ):
             packed(tiny_pack, images=missing, output=tmp_path / "other")
     finally:
@@ -461,3 +461,25 @@ def test_a_tar_of_hard_links_holds_every_name(tmp_path: Path) -> None:
     os.link(tmp_path / "images" / "a.jpg", tmp_path / "images" / "b.jpg")
     refs = locate(["a", "b"], str(in_tar(tmp_path / "images", tmp_path / "images.tar")), tmp_path)
     assert [read(ref) for ref in refs] == [b"image"] * 2
+
+
+@pytest.mark.parametrize("at", ["between members", "in a header", "in a member", "damaged"])
+def test_a_tar_that_breaks_off_is_refused(at: str, tmp_path: Path) -> None:
+    """tarfile, and with it webdataset, takes it for one that ends there: the other images would be missed."""
+    import webdataset
+
+    path = tmp_path / "web.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(3):
+            writer.write({"__key__": f"a{number}", "jpg": bytes([65]) * 1000, "cls": number})
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        header = tar.getmember("a2.jpg").offset
+    ends = {"between members": header, "in a header": header + 100, "in a member": header + 600}
+    path.write_bytes(data[: ends.get(at, header)] + (b"x" + data[header + 1 :] if at == "damaged" else b""))
+    places = [str(path)] if at == "damaged" else [str(path), f"file://{path}"]
+    for place in places:
+        with pytest.raises(UserError, match=r"breaks off|cannot be read as"):
+            webshards.fetch(place, tmp_path)
+        with pytest.raises(UserError, match=r"breaks off|cannot be read as"):
+            locate(["a0"], place, tmp_path)
