@@ -15,8 +15,8 @@ class Ahead(Generic[Item]):
         get() ◄── ready (depth) ◄── thread: make(position) ── yields item, item, …
         seek(position) empties `ready` and lets the thread begin anew
 
-    The thread starts with the first `get` and ends with `close`. What it raises comes out of `get`, after
-    the items before it.
+    The thread starts with the first `get` and ends with `close`. What it raises comes out of `get`, once,
+    after the items before it; then it tries that item again.
     """
 
     def __init__(self, make: Callable[[int], Generator[Item]], depth: int, start: int = 0) -> None:
@@ -26,7 +26,8 @@ class Ahead(Generic[Item]):
                 holds needs no locks.
             start: position of the first item.
         """
-        self._make, self._depth, self._start = make, depth, start
+        self._make, self._depth = make, depth
+        self._next = start  # position of what `get` gives next
         self._changed = threading.Condition()
         self._ready: deque[Item] = deque()
         self._error: BaseException | None = None
@@ -37,24 +38,31 @@ class Ahead(Generic[Item]):
     def get(self) -> Item:
         """The next item; waits for it, and can be interrupted then. Raises what making it raised."""
         with self._changed:
-            if self._closed:
-                raise ValueError("closed: no more batches; make a new loader")
-            if self._thread is None:
+            if self._thread is None and not self._closed:
                 # A daemon, lest the interpreter wait at its end for a thread that waits for room.
                 self._thread = threading.Thread(target=self._run, name="moleprint-loader", daemon=True)
                 self._thread.start()
-            self._changed.wait_for(lambda: self._ready or self._error is not None)
-            if not self._ready:
-                assert self._error is not None
-                raise self._error
-            item = self._ready.popleft()
+            self._changed.wait_for(lambda: self._ready or self._error is not None or self._closed)
+            if self._closed:
+                raise ValueError("closed: no more batches; make a new loader")
+            if self._ready:
+                item = self._ready.popleft()
+                self._next += 1
+                self._changed.notify_all()
+                return item
+            # Kept, it would hold all that it passes through on its way out, and so would the thread.
+            error, self._error = self._error, None
             self._changed.notify_all()
-            return item
+        assert error is not None
+        try:
+            raise error
+        finally:
+            del error
 
     def seek(self, position: int) -> None:
         """Go on from another position, after an error too; returns at once."""
         with self._changed:
-            self._start, self._error = position, None
+            self._next, self._error = position, None
             self._turn += 1
             self._ready.clear()
             self._changed.notify_all()
@@ -76,7 +84,7 @@ class Ahead(Generic[Item]):
                 self._changed.wait_for(lambda: self._closed or self._error is None)
                 if self._closed:
                     return
-                start, turn = self._start, self._turn
+                start, turn = self._next, self._turn
             try:
                 self._fill(start, turn)
             except BaseException as error:  # `get` raises it

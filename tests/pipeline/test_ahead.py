@@ -71,6 +71,24 @@ def test_an_error_comes_after_the_items_before_it_and_a_seek_goes_on() -> None:
     ahead.close()
 
 
+def test_closing_ends_a_wait_for_an_item() -> None:
+    """As a signal's handler may, or another thread."""
+    go = threading.Event()
+
+    def make(position: int) -> Generator[int]:
+        go.wait()
+        yield from numbers(position)
+
+    ahead = Ahead(make, depth=1)
+    closing = threading.Timer(0.05, ahead.close)
+    closing.start()
+    with pytest.raises(ValueError, match="closed"):
+        ahead.get()
+    go.set()
+    closing.join()
+    assert not running()
+
+
 def test_closing_ends_the_thread_whatever_it_does() -> None:
     ended = []
 

@@ -96,6 +96,14 @@ def test_an_error_of_the_thread_comes_out_in_the_callers(tiny_shards: ShardSet, 
                 take(loader, 10)
 
 
+def test_the_last_reference_ends_all_after_an_error_too(tiny_shards: ShardSet, tmp_path: Path) -> None:
+    shards = damage(tiny_shards, tiny_shards.split("train")[:9].tolist(), tmp_path / "damaged")
+    loader = training(shards)
+    with pytest.raises(DamagedDataError):
+        take(loader, 10)
+    del loader
+
+
 def test_a_bug_in_the_thread_comes_out_as_it_is(tiny_shards: ShardSet) -> None:
     def broken(indices: object) -> None:
         raise RuntimeError("a bug")
