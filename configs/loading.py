@@ -101,7 +101,8 @@ class Loader(Section):
     prefetch: Count = 2
     """Batches held ready ahead of the trainer; two more are in the making."""
     max_bad: Share = 0.01
-    """Share of the set's images that training may replace for being damaged; elsewhere none may."""
+    """Share of the set's images that training may replace for being damaged, over all ranks together, which
+    are counted at each logged line; elsewhere none may."""
     read: Literal["auto", "mmap", "pread"] = "auto"
     """How shards are read: mapped into memory, or by calls, several at a time; `auto` does the latter on
     network mounts, where a failing map would kill the process."""

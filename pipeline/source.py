@@ -17,7 +17,8 @@ class Source:
     """Reads JPEG bytes of a shard set; a damaged sample is replaced by a sound one of its split and class.
 
     The substitute is the next sound index, so that every rank and every rerun picks the same one. Once more
-    than `max_bad` of the set's samples are found damaged, the run ends.
+    than `max_bad` of the set's samples are found damaged, the run ends. Training counts those of all ranks
+    together at each logged line.
     """
 
     def __init__(self, shards: ShardSet, *, max_bad: float, read: str = "auto") -> None:
@@ -26,7 +27,9 @@ class Source:
             max_bad: share of the set's samples that may be replaced.
             read: `mmap`, `pread`, or `auto`: as the place of the shards asks for.
         """
-        self.shards, self._allowed = shards, int(max_bad * len(shards.keys))
+        self.shards = shards
+        self.allowed = int(max_bad * len(shards))
+        """Samples that may be replaced."""
         self._reader = reader(shards.paths, read)
         self.substitutes: dict[int, int] = {}
         """Damaged index -> the index shown in its place."""
@@ -85,10 +88,10 @@ class Source:
             return self.substitutes[index]
         key, folder = self.shards.keys[index], self.shards.folder
         wrong = "cannot be decoded" if index in self._undecodable else "is damaged"
-        if len(self.substitutes) >= self._allowed:
+        if len(self.substitutes) >= self.allowed:
             raise DamagedDataError(
                 f"{folder}: sample {key} {wrong}, and {len(self.substitutes)} others before it; allowed "
-                f"are {self._allowed} (loader.max_bad); look with `moleprint verify`, then pack the set again"
+                f"are {self.allowed} (loader.max_bad); look with `moleprint verify`, then pack the set again"
             )
         for candidate in self._alike(index):
             if self._sound(candidate):

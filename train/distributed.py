@@ -240,13 +240,13 @@ def check_equal(value: Any, what: str) -> None:
         )
 
 
-def total(value: int, device: torch.device) -> int:
-    """Sum over all ranks."""
+def union(found: set[int]) -> set[int]:
+    """What any rank has found, on every rank."""
     if not dist.is_initialized():
-        return value
-    box = torch.tensor(value, device=device)
-    dist.all_reduce(box)
-    return int(box)
+        return found
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    return set().union(*every)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from train.centroids import Centroids
 from train.collapse import collapse, embedding_figures, spread
 from train.console import Console
 from train.data import Data
-from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, total
+from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, union
 from train.ema import Average
 from train.embed import embed
 from train.entry import start
@@ -331,7 +331,7 @@ class Trainer:
             "epoch": self.progress.step / self.steps,
             "lr": learning_rate(self.settings, self.progress.step - 1, self.steps),
             "skipped_steps": skipped,
-            "replaced_samples": total(len(self.data.training.source.substitutes), self.world.device),
+            "replaced_samples": self._replaced(),
             "seconds_left": self.console.seconds_left(self.progress.step),
             **gpu_memory(self.world.device),
         }
@@ -342,6 +342,22 @@ class Trainer:
                 self.tracker.alert(self.progress.step, *found)
         self.tracker.log(self.progress.step, figures)
         self.console.show(self.progress.step, figures)
+
+    def _replaced(self) -> int:
+        """Training samples that any rank has replaced; a rank by itself only knows of those that it drew.
+
+        Raises:
+            UserError: if they are more than allowed.
+        """
+        source = self.data.training.source
+        replaced = len(union(set(source.substitutes)))
+        if replaced > source.allowed:
+            raise UserError(
+                f"{self.shards.folder}: {replaced} samples are damaged or cannot be decoded, over all ranks "
+                f"together; allowed are {source.allowed} (loader.max_bad); look with `moleprint verify`, "
+                "then pack the set again"
+            )
+        return replaced
 
     def _embedded(self, encoder: model.Encoder, loader: Loader) -> Embedded:
         index, vectors = embed(encoder, loader, precision=self.precision, world=self.world)

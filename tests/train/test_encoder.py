@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from configs.errors import UserError
 from configs.training import Train
+from pipeline.source import Source
 from shards.files import sha256
 from shards.shardset import ShardSet
 from train import encoder, result
@@ -114,6 +116,20 @@ def test_bad_steps_are_skipped_and_then_end_the_run(tiny_experiment: Any, tmp_pa
     assert rows[4]["val_roc_auc"] > 0 and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
     kept = sorted(path.stem for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (1, 3, 4)]  # none from after a bad step
+
+
+def test_damage_is_counted_over_all_ranks(tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample once, however many ranks met it."""
+    source = Source(tiny_shards, max_bad=3 / len(tiny_shards))
+    source.substitutes.update({1: 2, 5: 6})
+    trainer = Namespace(shards=tiny_shards, data=Namespace(training=Namespace(source=source)))
+    count = encoder.Trainer._replaced
+    assert count(trainer) == 2  # type: ignore[arg-type]
+    monkeypatch.setattr(encoder, "union", lambda mine: mine | {5, 7})
+    assert count(trainer) == 3  # type: ignore[arg-type]
+    monkeypatch.setattr(encoder, "union", lambda mine: mine | {7, 8})
+    with pytest.raises(UserError, match=r"4 samples are damaged .* allowed are 3 \(loader.max_bad\)"):
+        count(trainer)  # type: ignore[arg-type]
 
 
 def test_a_compiled_encoder_is_not_compiled_again(
