@@ -85,7 +85,7 @@ class Maps:
             try:
                 with path.open("rb") as file:
                     self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # an empty file cannot be mapped
                 raise _unreadable(path, error) from None
         pages = self._maps[shard]
         return np.frombuffer(pages, np.uint8, max(0, min(size, len(pages) - offset)), min(offset, len(pages)))
@@ -128,5 +128,6 @@ class Calls:
         return np.frombuffer(b"".join(parts), np.uint8)
 
 
-def _unreadable(path: Path, error: OSError) -> DamagedDataError:
-    return DamagedDataError(f"{path}: cannot be read ({error.strerror}); is the shard set complete?")
+def _unreadable(path: Path, error: OSError | ValueError) -> DamagedDataError:
+    reason = getattr(error, "strerror", None) or error
+    return DamagedDataError(f"{path}: cannot be read ({reason}); is the shard set complete?")

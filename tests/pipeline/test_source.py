@@ -134,3 +134,6 @@ def test_a_shard_that_went_away_is_named(tiny_shards: ShardSet, tmp_path: Path) 
     shards.paths[0].unlink()
     with pytest.raises(UserError, match=rf"{shards.paths[0].name}: cannot be read \(No such file"):
         Source(shards, max_bad=0).fetch(np.array([0]))
+    shards.paths[0].touch()
+    with pytest.raises(UserError, match=rf"{shards.paths[0].name}: cannot be read \(.* empty"):
+        Source(shards, max_bad=0, read="mmap").fetch(np.array([0]))
