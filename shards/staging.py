@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +29,12 @@ from shards.shardset import MANIFEST
 PARALLEL = 8
 """Files copied at once."""
 CHUNK = 1 << 22
-TRIES = 2
-"""Times that a file whose sum is wrong is copied."""
+TRIES = 3
+"""Times that a file is copied whose sum is wrong, or whose server fails."""
+PAUSE = 1.0
+"""Seconds before a server that failed is asked again; then as many more."""
+PATIENCE = 30.0
+"""Seconds of silence after which a web server has failed."""
 
 Files = Mapping[str, Mapping[str, Any]]
 
@@ -42,7 +47,7 @@ def staged(place: Path | str, stage: Path) -> Path:
         stage: folder that copies are kept in.
 
     Raises:
-        UserError: if the set cannot be read, a sum is wrong twice, or there is no room.
+        UserError: if the set cannot be read or a sum is wrong, again and again, or there is no room.
     """
     place = str(place).rstrip("/")
     manifest = b"".join(_chunks(f"{place}/{MANIFEST}"))
@@ -135,7 +140,8 @@ def _copy(
     source: str, target: Path, about: Mapping[str, Any], bar: "tqdm[Any]", stop: threading.Event
 ) -> None:
     """Copy a file; it gets its name only if its sum is right."""
-    for _ in range(TRIES):
+    failure: UserError
+    for attempt in range(TRIES):
         digest = hashlib.sha256()
         try:
             with atomic(target) as file:
@@ -148,32 +154,47 @@ def _copy(
                 if digest.hexdigest() != about["sha256"]:
                     raise _WrongSumError
         except _WrongSumError:
-            continue
-        return
-    raise UserError(
-        f"{source}: damaged, its sum is not the one that {MANIFEST} has; put the file there again, or pack "
-        "the set again"
-    )
+            failure = UserError(
+                f"{source}: damaged, its sum is not the one that {MANIFEST} has; put the file there again, "
+                "or pack the set again"
+            )
+        except _UnreadableError as error:
+            failure = error
+            stop.wait(PAUSE * (attempt + 1) if attempt + 1 < TRIES else 0)
+        else:
+            return
+    raise failure
 
 
 class _WrongSumError(Exception):
     pass
 
 
+class _UnreadableError(UserError):
+    """A file is there, as far as is known, but reading it failed."""
+
+
 def _chunks(place: str) -> Iterator[bytes]:
     """A file's bytes, from a folder or a URL; whatever its driver raises becomes a UserError."""
-    import fsspec
-
     try:
-        with fsspec.open(place, "rb") as file:
+        with _opened(place) as file:
             while chunk := file.read(CHUNK):
                 yield chunk
     except GeneratorExit:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{place}: cannot be read (no such file); check the address") from error
     except Exception as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "no such file" if missing else " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _UnreadableError(
             f"{place}: cannot be read ({reason}); check the address and the rights to it, and that its "
             "driver is installed (such as s3fs for s3://)"
         ) from error
+
+
+def _opened(place: str) -> Any:
+    if place.startswith(("http://", "https://")):  # fsspec wants drivers for these too
+        return urllib.request.urlopen(place, timeout=PATIENCE)
+    import fsspec
+
+    return fsspec.open(place, "rb")

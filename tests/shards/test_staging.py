@@ -8,8 +8,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -174,7 +176,7 @@ def test_a_file_that_is_damaged_at_its_place_is_never_taken(
     (remote / "val-000000.tar").write_bytes(tar)
     with pytest.raises(UserError, match=r"far/set/val-000000.tar: damaged, its sum is not the one"):
         staged(remote, tmp_path / "stage")
-    assert fetched["val-000000.tar"] == 2, "it was tried again"
+    assert fetched["val-000000.tar"] == staging.TRIES, "it was tried again"
     (folder,) = (tmp_path / "stage").iterdir()
     assert not {"dataset.json", "val-000000.tar"} & set(contents(folder)) and not list(folder.glob(".*"))
     with pytest.raises(UserError, match="not a shard set"):
@@ -192,6 +194,47 @@ def test_an_error_on_the_way_is_mended_by_a_second_try(
 
     monkeypatch.setattr(staging, "_chunks", chunks)
     assert contents(staged(remote, tmp_path / "stage")) == contents(remote)
+
+
+class Failing(SimpleHTTPRequestHandler):
+    """A web server that is busy at first, and then breaks off."""
+
+    faults: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        fault = self.faults.pop() if self.faults and self.path.endswith("train-000000.tar") else ""
+        if fault == "busy":
+            self.send_error(503)
+        elif fault == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "99999")
+            self.end_headers()
+            self.wfile.write(b"half")
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_a_web_server_may_fail_now_and_then(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "PAUSE", 0.01)
+    handler = partial(Failing, directory=str(remote.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        Failing.faults[:] = ["cut", "busy"]
+        try:
+            folder = staged(f"{address}/set", tmp_path / "stage")
+            assert contents(folder) == contents(remote) and not Failing.faults
+            with pytest.raises(UserError, match=r"nowhere/dataset.json: cannot be read \(HTTP Error 404"):
+                staged(f"{address}/nowhere", tmp_path / "stage")
+            Failing.faults[:] = ["busy"] * staging.TRIES
+            with pytest.raises(UserError, match=r"train-000000.tar: cannot be read \(HTTP Error 503"):
+                staged(f"{address}/set", tmp_path / "other")
+        finally:
+            server.shutdown()
 
 
 def test_a_set_packed_anew_is_another_copy(remote: Path, tmp_path: Path) -> None:
