@@ -3,10 +3,13 @@
 On a CPU the separate operators cost several times what decoding does, because each reads and writes the
 whole image; here a pixel is sampled, multiplied and stored while it is in a register. Blur and cutout follow
 at once for the images that drew them, before the next image is begun. The compiled kernels are cached beside
-this file, so only the first run on a machine waits for them.
+this file, or in the user's cache, so only the first run on a machine waits for them.
 """
 
+import atexit
 import math
+import shutil
+import tempfile
 from typing import Any
 
 import numba
@@ -23,6 +26,16 @@ from configs.fields import Dtype
 
 # Neither numba nor DALI's operator for it has half types on a CPU: an integer type says whose bits they are.
 STORED: dict[Dtype, type[np.generic]] = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
+
+
+def _may_cache() -> None: ...
+
+
+try:
+    numba.njit(cache=True)(_may_cache)
+except RuntimeError:  # neither can be written, as in some containers: each process compiles for itself
+    numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="moleprint-numba-")
+    atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

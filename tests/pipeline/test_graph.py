@@ -1,19 +1,23 @@
 """The DALI graph against a loop over pixels, PIL, and DALI's own operators."""
 
 import ctypes
+import importlib.util
 import io
 import mmap
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numba.core import caching
 from PIL import Image
 
 from configs.loading import Augment
-from pipeline import augment, graph
+from pipeline import augment, fused, graph
 from pipeline.fused import warp_colour_normalise
 
 SIZE = 32
@@ -131,6 +135,18 @@ def test_the_fused_pass_reads_nothing_beside_the_image(shape: tuple[int, int], f
             out = np.empty((3, SIZE, SIZE), np.float32)
             warp_colour_normalise(out, image, matrix, colour, np.array([[1, 0]] * 3, np.float32))
             np.testing.assert_allclose(out, slow(image, matrix, colour, SIZE), atol=0.05)
+
+
+def test_kernels_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Package and home may both be read-only: then numba refuses to cache."""
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    spec = importlib.util.spec_from_file_location("fused_again", fused.__file__)
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    folder = Path(numba.config.CACHE_DIR)
+    assert folder.is_dir() and folder.name.startswith("moleprint-numba-")
 
 
 def test_the_fused_pass_equals_dalis_operators() -> None:
