@@ -78,7 +78,10 @@ class Inputs:
 
     def encode(self, metadata: Metadata, count: int) -> NDArray[np.float32]:
         """(count, width) of samples; a column that they lack is missing in all."""
-        parts = [field.encode(read(metadata, field.name) or [None] * count) for field in self.fields]
+        parts = [
+            field.encode(read(metadata, field.name, number=isinstance(field, Number)) or [None] * count)
+            for field in self.fields
+        ]
         return np.concatenate([np.empty((count, 0), np.float32), *parts], axis=1)
 
     def describe(self) -> list[dict[str, Any]]:
@@ -98,13 +101,18 @@ class Inputs:
         )
 
 
-def read(metadata: Metadata, name: str) -> list[Any] | None:
+def read(metadata: Metadata, name: str, *, number: bool | None = None) -> list[Any] | None:
     """(n,) values of a role or a column: floats or texts, None where missing; None where no column tells
-    it."""
+    it.
+
+    Args:
+        number: floats are wanted, else texts, whatever the column holds: a table may write numbers as text,
+            and what is no number is missing then. None: as `is_number` says.
+    """
     columns = [metadata[column] for column in ROLES.get(name, (name,)) if column in metadata]
     if not columns:
         return None
-    if is_number(metadata, name):
+    if is_number(metadata, name) if number is None else number:
         return _first([_numbers(column) for column in columns])
     return _first([_texts(column) for column in columns])
 

@@ -305,6 +305,14 @@ def test_inputs_are_fitted_on_what_they_are_given():
     assert new.tolist() == [[0, 1, 0, 0, 1]]
 
 
+def test_tables_may_write_numbers_as_text_and_texts_as_numbers():
+    inputs = Inputs.fit({"size_mm": column([1.0, 3.0]), "camera": column(["1", "2"])}, ("size_mm", "camera"))
+    same = inputs.encode({"size_mm": column(["1.0", "3"]), "camera": column([1, 2])}, 2)
+    assert same.tolist() == [[-1, 0, 1, 0, 0], [1, 0, 0, 1, 0]]
+    missing = inputs.encode({"size_mm": column(["large", "inf", ""])}, 3)
+    assert missing[:, :2].tolist() == [[0, 1]] * 3
+
+
 def test_a_role_is_read_from_whichever_column_tells_it():
     metadata = {"age_approx": column(["45", "", "x"]), "age": column([None, 30.0, None])}
     assert read(metadata, "age") == [45.0, 30.0, None]
