@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from configs.errors import UserError
-from shards.images import Ref, entries, read, without_ending
+from shards.images import Ref, entries, is_web, read, without_ending
 from shards.shardset import MANIFEST
 from shards.tables import few, read_table, texts
 
@@ -77,7 +77,8 @@ def listing(given: Sequence[str | Path], *, images: str | None = None, id_column
         id_columns: columns that hold an id, the first that a table has counts.
 
     Raises:
-        UserError: for a table that cannot be read or has no such column, or a glob that nothing matches.
+        UserError: for a table that cannot be read or has no such column, a place of ids that is not there, or
+            a glob that nothing matches.
     """
     parts = [part for word in given for part in _parts(str(word), images, id_columns)]
     counts = [part.count for part in parts]
@@ -175,7 +176,10 @@ def _table(path: Path, images: str | None, id_columns: Sequence[str]) -> Listing
     if column == PATH_COLUMN:
         found = (_in_row(path, number, value) for number, value in enumerate(values, 1))
     else:
-        found = _by_id(values, images or str(path.parent))
+        place = images or str(path.parent)
+        if not is_web(place) and not Path(place).exists():
+            raise UserError(f"{place}: no such folder or file; correct --images")
+        found = _by_id(path, values, place)
     return Listing((image._replace(metadata=_row(table, n)) for n, image in enumerate(found)), len(values))
 
 
@@ -189,16 +193,18 @@ def _in_row(table: Path, number: int, value: str) -> Image:
     return Image(value, Ref(str(table.parent / value), value, ""))
 
 
-def _by_id(ids: Sequence[str], place: str) -> Iterator[Image]:
+def _by_id(table: Path, ids: Sequence[str], place: str) -> Iterator[Image]:
     with tempfile.TemporaryDirectory() as scratch:
         wanted = {without_ending(text) for text in ids}
         found: dict[str, list[Ref]] = {}
         for stem, ref in entries(place, Path(scratch)):
             if stem in wanted:
                 found.setdefault(stem, []).append(ref)
-        for text in ids:
+        for number, text in enumerate(ids, 1):
             here = found.get(without_ending(text), [])
-            if len(here) == 1:
+            if not text:
+                yield Image(f"{table} row {number}", UserError("its id is blank"))
+            elif len(here) == 1:
                 yield Image(text, here[0])
             elif here:
                 several = few(sorted(ref.name for ref in here))

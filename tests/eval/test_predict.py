@@ -154,7 +154,7 @@ def test_what_cannot_be_used_has_its_line_and_the_rest_go_on(
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     (tmp_path / "none").mkdir()
     table = tmp_path / "ids.csv"
-    table.write_text(f"isic_id\nUNKNOWN\n{few[0].stem}\n")
+    table.write_text(f"isic_id,age\nUNKNOWN,5\n,6\n{few[0].stem},7\n")
     words = [
         few[0],
         *(tmp_path / name for name in wrong),
@@ -166,14 +166,18 @@ def test_what_cannot_be_used_has_its_line_and_the_rest_go_on(
     ]
     images = listing(words, images=str(few[0].parent), id_columns=predictor.id_columns)
     found = list(predictor.predict(images))
-    assert [bool(p.error) for p in found] == [False, *[True] * 8, False, False]
+    assert [bool(p.error) for p in found] == [False, *[True] * 9, False, False]
     reasons = [p.error for p in found if p.error]
     for reason, said in zip(
-        ("empty", "not an image", "truncated", "is a JPEG", "No such file", "shard", "no images", "no image"),
+        (
+            *("empty", "not an image", "truncated", "is a JPEG", "No such file", "shard", "no images"),
+            *("no image", "its id is blank"),
+        ),
         reasons,
         strict=True,
     ):
         assert reason in said
+    assert found[-3].image == f"{table} row 2"
     assert found[-1].embedding is not None and found[1].probabilities is None
 
 
@@ -209,6 +213,12 @@ def test_words_that_mean_no_images_are_refused(
     Path("other.csv").write_text("age,sex\n1,male\n")
     with pytest.raises(UserError, match=reason):
         predictor.predict(words)
+
+
+def test_a_place_of_ids_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ids.csv").write_text("isic_id\nISIC_1\n")
+    with pytest.raises(UserError, match="gone: no such folder or file; correct --images"):
+        listing([tmp_path / "ids.csv"], images=str(tmp_path / "gone"), id_columns=["isic_id"])
 
 
 def some(vectors: np.ndarray, name: str) -> Embeddings:
