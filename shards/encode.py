@@ -50,6 +50,11 @@ _ENDINGS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".webp": "WEBP",
+    ".gif": "GIF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".jp2": "JPEG2000",
+    ".avif": "AVIF",
 }
 
 

@@ -15,7 +15,10 @@ import numpy as np
 
 from configs.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
+    *(".gif", ".ppm", ".pgm", ".jp2", ".avif"),
+)
 """Image files are known by these endings, in either case."""
 BLOCK = 512
 """Bytes of a block of a tar."""

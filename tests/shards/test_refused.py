@@ -75,6 +75,7 @@ def test_a_side_that_no_jpeg_holds_is_refused() -> None:
         ("MPO", "a.tif", ".tif"),
         ("WEBP", "a.JPEG", ".jpeg"),
         ("GIF", "a.webp", ".webp"),
+        ("WEBP", "a.gif", ".gif"),
         ("TIFF", "a.bmp", ".bmp"),
         ("BMP", "a.b.tiff", ".tiff"),
     ],

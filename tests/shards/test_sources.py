@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from pyarrow import csv
 
 from configs.errors import UserError
-from configs.packing import Pack
+from configs.packing import Encode, Pack
 from shards import webshards
 from shards.describe import check_made_by
+from shards.encode import encode
 from shards.images import Ref, locate, read
 from shards.leaks import crossing
 from shards.pack import pack
@@ -132,6 +134,16 @@ def test_shards_with_their_own_labels_need_no_table(
     shards = packed(tiny_pack, table=None, images=place, output=tmp_path / "shards", **columns)
     assert facts(shards) == facts(tiny_shards)
     assert shards.samples["age"].type == "int64"
+
+
+def test_a_folder_holds_images_of_every_format_that_can_be_decoded(tmp_path: Path) -> None:
+    kinds = {"jpg": "JPEG", "gif": "GIF", "PPM": "PPM", "pgm": "PPM", "jp2": "JPEG2000", "avif": "AVIF"}
+    for ending, kind in kinds.items():
+        Image.new("L" if ending == "pgm" else "RGB", (8, 8)).save(tmp_path / f"{ending}.{ending}", kind)
+    (tmp_path / "notes.txt").touch()
+    refs = locate(list(kinds), str(tmp_path), tmp_path / "scratch")
+    for ref in refs:
+        assert encode(read(ref), Encode(), name=ref.name).width == 8
 
 
 def test_our_own_shards_can_be_packed_again(tiny_pack: Pack, tiny_shards: ShardSet, tmp_path: Path) -> None:
