@@ -43,7 +43,7 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
         progress: show progress bars.
 
     Returns:
-        Content of `dataset.json`.
+        Content of `dataset.json`; where the same settings have made the set already, it stays as it is.
 
     Raises:
         UserError: for any mistake in the settings, the tables or the images. Finished pieces stay for the
@@ -51,8 +51,7 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
     """
     output = Output.of(settings)
     with writing(Path(output.place)):
-        continued = not part.alone or output.work.exists()  # perhaps ended just before the work was deleted
-        if not (continued and output.packed()):
+        if not output.packed():
             output.refuse_existing()
     with output.working(part, fingerprint(settings)), Crew(settings.workers) as crew:
         if output.packed():

@@ -187,7 +187,7 @@ def test_help_shows_every_field_of_the_stage(verb: str, moleprint) -> None:  # t
 
 MISTAKES = {
     "pack DEMO pack.output=new pack.label_column=diagnosis": ["diagnosis", "pack.label_column"],
-    "pack DEMO": ["exists already", "pack.output"],
+    "pack DEMO pack.seed=5": ["pack.seed", "pack.output"],
     "train DEMO loader.global_batch=10 run.folder=new": ["global_batch=10", "2 ranks"],
     "train DEMO pack.output=nowhere": ["nowhere", "moleprint pack"],
     "train DEMO model.embedding_dim=64": ["another configuration", "model.embedding_dim"],

@@ -307,6 +307,16 @@ BAD: list[tuple[Spoil, list[str]]] = [
 ]
 
 
+def test_the_same_command_again_leaves_a_whole_set_as_it_is(tiny_pack: Pack, tiny_shards: ShardSet) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_shards.folder.iterdir()}
+    assert pack(tiny_pack, progress=False) == tiny_shards.manifest
+    assert {path: path.stat().st_mtime_ns for path in tiny_shards.folder.iterdir()} == before
+    with pytest.raises(UserError, match=r"was packed with other settings: pack\.seed is 77"):
+        pack(tiny_pack.model_copy(update={"seed": 77}), progress=False)
+    assert {path: path.stat().st_mtime_ns for path in tiny_shards.folder.iterdir()} == before
+    assert not list(tiny_shards.folder.parent.glob(f".{tiny_shards.folder.name}*"))
+
+
 @pytest.fixture
 def spoilt(tiny_pack: Pack, tmp_path: Path) -> Iterator[tuple[Path, list[dict[str, str]]]]:
     """A copy of the tiny set to spoil."""
