@@ -147,8 +147,10 @@ def test_batches_stay_whole_while_the_gpu_is_behind(tiny_shards: ShardSet, devic
     assert torch.equal(copies(behind=True), copies(behind=False))
 
 
-def test_gpu_memory_does_not_grow(tiny_shards: ShardSet, gpu: torch.device) -> None:
-    batches = loader(tiny_shards, gpu)
+@pytest.mark.parametrize("kept", [False, True])
+def test_gpu_memory_does_not_grow(tiny_shards: ShardSet, gpu: torch.device, kept: bool) -> None:
+    cache = DeviceCache(tiny_shards, tiny_shards.split("train"), gpu) if kept else None
+    batches = loader(tiny_shards, gpu, cache)
 
     def used_after_an_epoch() -> int:
         for batch in batches.epoch():

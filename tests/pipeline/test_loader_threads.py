@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_loader import SETTINGS, take, training
 from test_source import damage
 
 from configs.errors import DamagedDataError
-from pipeline.cache import HostCache
+from pipeline.cache import Cache, DeviceCache, HostCache
 from shards.shardset import ShardSet
 
 ROOT = Path(__file__).parents[2]
@@ -195,9 +196,14 @@ def resident() -> int:
     return 1024 * (int(found["RssAnon"]) + int(found["RssShmem"]))
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_memory_stays_flat_over_epochs_and_seeks(cached: bool, tiny_shards: ShardSet) -> None:
-    cache = HostCache(tiny_shards, tiny_shards.split("train")) if cached else None
+@pytest.mark.parametrize("kept", ["none", "host", "device"])
+def test_memory_stays_flat_over_epochs_and_seeks(kept: str, tiny_shards: ShardSet) -> None:
+    train = tiny_shards.split("train")
+    cache: Cache | None = None
+    if kept == "host":
+        cache = HostCache(tiny_shards, train)
+    elif kept == "device":  # tests/gpu tries it where it is another's memory
+        cache = DeviceCache(tiny_shards, train, torch.device("cpu"))
     with training(tiny_shards, cache=cache) as loader:
         used = []
         for epoch in range(60):
