@@ -188,6 +188,8 @@ class DeviceCache:
         self._pixels = torch.empty(self._layout.bytes, dtype=torch.uint8, device=device)
         self._seen = np.zeros(self._layout.samples, np.bool_)
         self.gpu = device.index if device.type == "cuda" else None
+        if self.gpu is not None:  # other streams will write to memory that this one may still be reading
+            torch.cuda.current_stream(self.gpu).synchronize()
 
     def has(self, indices: Indices) -> NDArray[np.bool_]:
         """Which of them are here, (n,)."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline import augment, graph
@@ -87,6 +88,10 @@ class Producer:
         Raises:
             DamagedDataError: if more samples are damaged than allowed.
         """
+        if self._gpu is not None:
+            # A thread begins on the first GPU, and on the stream where training queues its work: there copies
+            # out of the device's cache would wait for that.
+            torch.cuda.set_stream(torch.cuda.Stream(self._gpu))  # type: ignore[no-untyped-call]
         self._turn += 1  # what DALI still has in hand of an earlier call is dropped as it comes out
         self._next = due = start
         while True:

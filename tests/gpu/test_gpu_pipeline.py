@@ -127,12 +127,16 @@ def test_auto_keeps_images_on_the_gpu(tiny_shards: ShardSet, gpu: torch.device) 
     assert isinstance(open_cache(tiny_shards, np.arange(9), settings, device=gpu), DeviceCache)
 
 
-def test_batches_stay_whole_while_the_gpu_is_behind(tiny_shards: ShardSet, device: torch.device) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_batches_stay_whole_while_the_gpu_is_behind(
+    tiny_shards: ShardSet, device: torch.device, kept: bool
+) -> None:
     """DALI may not fill memory anew that kernels still waiting on torch's stream are going to read."""
 
     def copies(*, behind: bool) -> torch.Tensor:
-        kept = [copy(batch, behind) for batch in loader(tiny_shards, device).epoch()]
-        return torch.stack(kept).cpu()
+        cache = DeviceCache(tiny_shards, tiny_shards.split("train"), device) if kept else None
+        with loader(tiny_shards, device, cache) as batches:
+            return torch.stack([copy(batch, behind) for epoch in range(2) for batch in batches]).cpu()
 
     def copy(batch: Batch, behind: bool) -> torch.Tensor:
         if behind and device.type == "cuda":

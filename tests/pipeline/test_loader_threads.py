@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from test_source import damage
 
 from configs.errors import DamagedDataError
 from pipeline.cache import Cache, DeviceCache, HostCache
+from pipeline.producer import Producer
 from shards.shardset import ShardSet
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,18 @@ def test_closing_ends_all(read: str, cached: bool, tiny_shards: ShardSet, before
     assert all(map(np.array_equal, copies, (batch.images for batch in batches)))
     with pytest.raises(ValueError, match="closed"):
         take(loader, 1)
+
+
+def test_the_thread_works_on_its_own_gpu_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the first GPU, where every new thread begins, nor where training queues what it does."""
+    streams: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda gpu: f"stream of {gpu}")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    none: Any = None
+    producer = Producer(none, none, none, lambda inputs: none, size=1, gpu=3, decoded=True)
+    with pytest.raises(AttributeError):
+        next(producer.batches(0))
+    assert streams == ["stream of 3"]
 
 
 def test_the_last_reference_ends_all(tiny_shards: ShardSet) -> None:
