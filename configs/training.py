@@ -147,7 +147,8 @@ class Train(Section):
     probe to learn from; 0 leaves both out."""
     monitor: Monitor = "roc_auc"
     """Validation figure that chooses the best epoch and stops early. `roc_auc` is by the distances to the
-    centroids of the epoch's training embeddings."""
+    centroids of the epoch's training embeddings; with `ema` of the probe images', where there are any, as an
+    average of the weights embeds otherwise than they do."""
     checkpoint_every: CountOrAuto = 0
     """Steps between checkpoints besides the one after each epoch; 0 is none."""
     keep: Count = 2

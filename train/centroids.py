@@ -1,4 +1,6 @@
-"""Class centroids of an epoch's training embeddings: a validation score that needs no second pass."""
+"""Class centroids of training embeddings: a validation score that needs no second pass over an epoch."""
+
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,6 +12,13 @@ class Centroids:
 
     def __init__(self, classes: int, dim: int, device: torch.device) -> None:
         self._sums = torch.zeros(classes, dim, device=device)
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Self:
+        """Of embeddings (n, dim) and their class indices (n,)."""
+        centroids = cls(classes, vectors.shape[1], torch.device("cpu"))
+        centroids.add(torch.from_numpy(vectors), torch.from_numpy(labels), torch.tensor(True))
+        return centroids
 
     def clear(self) -> None:
         """Start an epoch."""

@@ -250,12 +250,15 @@ class Trainer:
         encoder = self.average.encoder if self.average else self.encoder
         broadcast_buffers(encoder)
         held = self._embedded(encoder, self.data.held)
-        positive = self.shards.positive
-        score = self.centroids.score(held.vectors, positive)
+        known = self._embedded(encoder, self.data.known) if self.data.known else None
+        positive, centroids = self.shards.positive, self.centroids
+        if self.average and known:  # the epoch's embeddings are not those of the averaged weights
+            centroids = Centroids.of(known.vectors, known.labels, len(self.shards.classes))
+        score = centroids.score(held.vectors, positive)
         figures = {"roc_auc": float(roc_auc_score(held.labels == positive, score))}
         figures |= validation.figures(
             held,
-            self._embedded(encoder, self.data.known) if self.data.known else None,
+            known,
             positive=positive,
             margin=self.experiment.loss.margin,
             world=self.world,

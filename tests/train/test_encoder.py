@@ -50,6 +50,8 @@ def test_the_centroid_score_is_a_difference_of_cosines() -> None:
     centroids.add(vectors * torch.nan, torch.tensor([0, 1, 2, 0]), ~good)
     score = centroids.score(np.array([[0, 1], [1, 0], [-1, 0]], np.float32), positive=1)
     assert score.tolist() == pytest.approx([1, -1, -1])
+    whole = Centroids.of(vectors.numpy(), np.array([0, 0, 1, 2]), 3)
+    assert torch.equal(whole.state(), centroids.state())
     other = Centroids(3, 2, torch.device("cpu"))
     other.load(centroids.state())
     centroids.clear()

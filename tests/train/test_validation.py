@@ -14,8 +14,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from configs.training import Train
 from shards.shardset import ShardSet
 from train import encoder, validation
+from train.centroids import Centroids
 from train.distributed import World
+from train.embed import embed, evaluation_loader
 from train.progress import Progress
+from train.runfolder import load_encoder
 from train.validation import TEMPERATURE, Embedded, draw, figures, linear_probe, neighbours
 
 
@@ -111,6 +114,32 @@ def test_a_run_validates_when_it_is_due_and_exports_the_average(tiny_experiment:
     last = torch.load(tmp_path / "run/checkpoints/step-00000003.pt", weights_only=True)
     if about["best_epoch"] == 3:
         assert all(torch.equal(last["best"][name], value) for name, value in last["ema"].items())
-    assert not torch.equal(
-        last["ema"]["backbone.conv1.weight"], last["learner"]["encoder.backbone.conv1.weight"]
+    assert not torch.equal(last["ema"]["backbone.fc.weight"], last["learner"]["encoder.backbone.fc.weight"])
+
+
+def test_an_average_is_judged_by_centroids_of_its_own(
+    tiny_experiment: Any, tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the probe images as it embeds them; the epoch's are of the weights that it averages."""
+    made, asked, of, score = [], [], Centroids.of, Centroids.score
+
+    def noted(vectors: np.ndarray, labels: np.ndarray, classes: int) -> Centroids:
+        made.append((vectors, labels, of(vectors, labels, classes)))
+        return made[-1][2]
+
+    monkeypatch.setattr(Centroids, "of", noted)
+    monkeypatch.setattr(Centroids, "score", lambda self, *rest: asked.append(self) or score(self, *rest))
+    experiment = tiny_experiment(
+        tmp_path / "run",
+        train={"epochs": 1, "ema": 0.9, "probe_images": 30},
+        loader={"steps_per_epoch": 2, "global_batch": 8, "size": 32, "threads": 1},
     )
+    encoder.run(experiment, World())
+    ((vectors, labels, centroids),) = made
+    assert asked == [centroids]
+    loaded, _ = load_encoder(tmp_path / "run", torch.device("cpu"))
+    drawn = draw(tiny_shards.labels, tiny_shards.split("train"), 30, seed=0)
+    with evaluation_loader(tiny_shards, drawn, experiment, World()) as loader:
+        _, found = embed(loaded, loader, precision=torch.float32)
+    np.testing.assert_allclose(vectors, found, atol=1e-5)
+    assert np.array_equal(labels, tiny_shards.labels[drawn])
