@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     CUTOUT = 6
     JPEG = 7
     PROBE = 8
+    DROPOUT = 9
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, step: int = 0) -> np.random.Generator:

@@ -2,9 +2,9 @@
 
 torchrun --nproc-per-node=N -m train.encoder CONFIG key=value …
 
-The result does not depend on interruptions: order, augmentation, mining and learning rate are functions of
-the step, and a checkpoint holds the rest (weights and their average, optimiser, class centroids of the epoch,
-figures not yet logged, early stopping).
+The result does not depend on interruptions: order, augmentation, mining, dropout and learning rate are
+functions of the step, and a checkpoint holds the rest (weights and their average, optimiser, class centroids
+of the epoch, figures not yet logged, early stopping).
 """
 
 import time
@@ -227,6 +227,7 @@ class Trainer:
         epoch, step = divmod(self.progress.step, self.steps)
         draws = generator(self.settings.seed, Purpose.MINING, epoch, step)
         uniform = draws.random((self.experiment.loader.global_batch, 2), dtype=np.float32)
+        self._seed_dropout(epoch, step)
         outcome: Outcome = self.learner(
             batch.images.contiguous(memory_format=torch.channels_last),
             batch.labels,
@@ -315,6 +316,11 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0
+
+    def _seed_dropout(self, epoch: int, step: int) -> None:
+        """Make what this rank drops out a function of the step; torch draws it from its global generators."""
+        draws = generator(self.settings.seed, Purpose.DROPOUT, epoch, step)
+        torch.manual_seed(int(draws.integers(1 << 63, size=self.world.size)[self.world.rank]))
 
     def _class_weights(self) -> torch.Tensor:
         """Weights (classes,) that make every class count the same in the batches that the sampler draws."""

@@ -134,12 +134,13 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(
     assert lines(tmp_path / "run") == lines(trained)
 
 
-def test_figures_not_yet_logged_are_not_lost(tiny_experiment: Any, tmp_path: Path) -> None:
+def test_figures_not_yet_logged_and_dropout_are_not_lost(tiny_experiment: Any, tmp_path: Path) -> None:
     """A line is the mean over its steps, of which a checkpoint may have seen but some."""
     tracking = {"mode": "disabled", "log_every": 4}
     for name in ("whole", "cut"):
         experiment = tiny_experiment(
             tmp_path / name,
+            model={"backbone": "mobilenet_v3_small", "embedding_dim": 16},
             tracking=tracking,
             train={"epochs": 1, "checkpoint_every": 3, "probe_images": 0, "ema": 0.9},
         )
