@@ -91,7 +91,7 @@ def test_unfit_weights_are_the_users_error(encoder: Encoder, tmp_path: Path) -> 
         encoder.load(path)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "vit_b_32", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/vit_tiny_patch16_224"])
 def test_an_encoder_is_rebuilt_from_what_is_said_of_it(backbone: str, tmp_path: Path) -> None:
     settings = Model(backbone=backbone, embedding_dim=8, projection="mlp", bnneck=True, freeze=1)
     encoder = build(settings, size=64, seed=1)

@@ -13,9 +13,10 @@ from train.parameters import parameter_groups
 
 
 def learner(backbone: str = "resnet18", **changes: Any) -> Learner:
-    """A learner with every head."""
-    encoder = build(Model(backbone=backbone, embedding_dim=8, **changes), size=64, seed=0)
-    return Learner(encoder, Loss(arcface=1), embedding_dim=8, class_weights=torch.ones(2), seed=0)
+    """A learner with every head; its tensors have names and shapes, but no values."""
+    with torch.device("meta"):
+        encoder = build(Model(backbone=backbone, embedding_dim=8, **changes), size=64, seed=0)
+        return Learner(encoder, Loss(arcface=1), embedding_dim=8, class_weights=torch.ones(2), seed=0)
 
 
 def named(of: Learner, group: dict[str, Any]) -> set[str]:

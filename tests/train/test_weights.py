@@ -131,8 +131,9 @@ def test_positions_are_fitted_to_the_grid() -> None:
 
 
 def test_a_vit_of_another_size_starts_from_a_file(tmp_path: Path) -> None:
-    torch.save(torchvision.models.get_model("vit_b_32").state_dict(), tmp_path / "vit.pth")
-    assert start(tmp_path / "vit.pth", "vit_b_32", 96).backbone.encoder.pos_embedding.shape == (1, 10, 768)
+    name = "vit_tiny_patch16_224"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "vit.pth")
+    assert start(tmp_path / "vit.pth", f"timm/{name}", 96).backbone.pos_embed.shape == (1, 37, 192)
 
 
 def test_weights_are_taken_by_torchvisions_names(monkeypatch: pytest.MonkeyPatch) -> None:
