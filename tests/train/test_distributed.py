@@ -208,7 +208,7 @@ def ranks(tiny_experiment: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     runs = [tiny_experiment(folder / name) for name in ("whole", "cut")]
     arguments = (folder, *runs, cached, tiny_experiment(folder / "elastic"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.encoder"])
+    context.set_forkserver_preload(["train.encoder", "timm"])
     processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
     for process in processes:
         process.start()

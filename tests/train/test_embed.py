@@ -17,15 +17,6 @@ from train.runfolder import load_encoder
 META = {"encoder_sha256": "e", "shards_sha256": "s", "classes": ["benign", "malignant"], "positive": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Images so small gain nothing by threads, and on a busy machine wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pieces(shards, vectors, size):
     order = np.concatenate([shards.split(split) for split in SPLITS])
     for start in range(0, len(order), size):

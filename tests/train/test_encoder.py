@@ -17,10 +17,9 @@ from configs.training import Train
 from pipeline.source import Source
 from shards.files import sha256
 from shards.shardset import ShardSet
-from train import encoder, result
+from train import encoder, model, result
 from train.centroids import Centroids
 from train.distributed import World, world
-from train.model import build
 from train.runfolder import load_encoder
 from train.schedule import learning_rate
 
@@ -62,7 +61,7 @@ def test_the_encoder_says_what_it_was_made_from(trained: Path, tiny_shards: Shar
     loaded, about = load_encoder(trained, torch.device("cpu"))
     assert not loaded.training
     assert about["preprocessing"] == {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
-    assert (about["backbone"], about["embedding_dim"], about["epochs"]) == ("resnet18", 16, 2)
+    assert (about["embedding_dim"], about["epochs"]) == (16, 2)
     assert about["classes"] == list(tiny_shards.classes) and about["positive"] == tiny_shards.positive
     assert about["shards_sha256"] == tiny_shards.sha256
     assert about["encoder_sha256"] == sha256(trained / "encoder.safetensors")
@@ -134,6 +133,19 @@ def test_damage_is_counted_over_all_ranks(tiny_shards: ShardSet, monkeypatch: py
         count(trainer)  # type: ignore[arg-type]
 
 
+class Small(nn.Module):
+    """A backbone that is compiled in a blink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * 8 * 8, 16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.fc(self.norm(self.conv(images)).flatten(1))
+        return features
+
+
 def test_a_compiled_encoder_is_not_compiled_again(
     tiny_experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +158,7 @@ def test_a_compiled_encoder_is_not_compiled_again(
         frames.append(counter.frame_count)
 
     monkeypatch.setattr(encoder.Trainer, "validate", validate)
+    monkeypatch.setattr(model, "build", lambda settings, **_: model.Encoder(Small(), "fc", settings))
     settings = {"epochs": 2, "patience": 0, "probe_images": 16, "compile": True}
     loader = {"global_batch": 8, "size": 32, "steps_per_epoch": 2, "threads": 1}
     encoder.run(tiny_experiment(tmp_path / "run", train=settings, loader=loader), World())
@@ -156,11 +169,12 @@ def test_every_option_of_model_and_loss_trains_and_is_rebuilt(tiny_experiment: A
     options = {"freeze": 2, "layer_decay": 0.5, "projection": "mlp", "bnneck": True}
     experiment = tiny_experiment(
         tmp_path / "run",
-        model={"backbone": "resnet18", "embedding_dim": 16, **options},
+        model={"backbone": "timm/test_resnet", "embedding_dim": 16, **options},
+        loader={"global_batch": 8, "size": 32, "steps_per_epoch": 2, "threads": 1},
         loss={"mining": "random", "schedule": {"batch_hard": 0.5}, "supcon": 0.5, "arcface": 0.5},
         train={"epochs": 2, "micro_batch": 4, "lr": 1e-3},
     )
-    before = dict(build(experiment.model, size=32, seed=0).named_parameters())
+    before = dict(model.build(experiment.model, size=32, seed=0).named_parameters())
     with world() as here:
         encoder.run(experiment, here)
     loaded, _ = load_encoder(tmp_path / "run", torch.device("cpu"))
@@ -172,7 +186,7 @@ def test_every_option_of_model_and_loss_trains_and_is_rebuilt(tiny_experiment: A
     assert steps[0]["supcon"] > 0 and steps[0]["arcface"] > 0
     assert all(min(row["supcon"], row["arcface"]) >= 0 for row in steps)  # 0 once a batch is apart
     # The second epoch's negatives are the nearest: nearer than most are.
-    assert all(row["distance_negative"] < row["distance_negative_p50"] for row in steps[4:])
+    assert all(row["distance_negative"] < row["distance_negative_p50"] for row in steps[2:])
 
 
 def test_a_finished_run_knows_it_and_does_not_train_again(

@@ -16,13 +16,13 @@ def test_every_contestant_trains_and_has_its_row(
     tiny_experiment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(throughput, "take_turns", partial(take_turns, turns=1))
-    experiment = tiny_experiment(tmp_path / "run", model={"backbone": "resnet18", "weights": "imagenet"})
+    experiment = tiny_experiment(tmp_path / "run", model={"weights": "imagenet"})
     throughput.bench(experiment, tmp_path / "bench.json", warm_up=0.01, seconds=0.01)
     rows = {row["name"]: row for row in json.loads((tmp_path / "bench.json").read_text())}
     assert rows.keys() == {"reference", "moleprint", "moleprint, resident batch"}
     for row in rows.values():
         assert 0 < row["low"] <= row["images_per_second"] <= row["high"]
-        assert row["turns"] == TURNS and row["backbone"] == "resnet18" and row["environment"]
+        assert row["turns"] == TURNS and row["backbone"] == "timm/test_resnet" and row["environment"]
     assert rows["reference"]["ratio"] == 1
     assert "moleprint trains at" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
