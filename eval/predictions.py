@@ -99,8 +99,15 @@ def write(
 @contextlib.contextmanager
 def _open(output: Path | None) -> Iterator[IO[str]]:
     if output is None:
-        yield sys.stdout
-        sys.stdout.flush()
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has seen enough
+            raise
+        except OSError as error:
+            raise UserError(
+                f"standard output: cannot be written ({error.strerror}); make room there"
+            ) from error
         return
     with atomic(output) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
