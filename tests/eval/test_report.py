@@ -1,6 +1,7 @@
 """The page: its pictures follow light and dark, its lesions are the shards', it claims only what holds."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -111,6 +112,19 @@ def test_a_leak_is_told(run: Experiment) -> None:
     leaky = Embeddings(test.index, test.keys, groups, test.labels, test.vectors, test.meta, test.metadata)
     (_, found, holds), *_ = lineage.leak_facts(None, data | {"test": leaky}, "patient")
     assert not holds and found.startswith("1 of ")
+
+
+def test_copies_in_two_splits_are_counted(run: Experiment, tiny_shards: ShardSet, tmp_path: Path) -> None:
+    data = {split: read_embeddings(run.run.folder, split) for split in SPLITS}
+    shards = dataclasses.replace(tiny_shards, folder=tmp_path)
+    one, same, other = *data["train"].keys[:2], data["test"].keys[0]
+    for pairs, apart in ((None, 0), ([(one, same), (one, "LEFT_OUT")], 0), ([(one, same), (other, one)], 1)):
+        if pairs:
+            lines = "".join(f'"{a}","{b}"\n' for a, b in pairs)
+            (tmp_path / "duplicates.csv").write_text(f'"one","other"\n{lines}')
+        claim, found, holds = lineage.leak_facts(shards, data, "patient")[-1]
+        assert claim == "no copy in another split" and found.startswith(f"{apart} pairs are, of those")
+        assert holds == (apart == 0)
 
 
 def test_drawings_are_in_the_pages_colours_and_names_of_their_own(page: str) -> None:
