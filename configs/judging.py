@@ -101,9 +101,10 @@ class Evaluate(Section):
     """Seed of the bootstrap, and of the samples that retrieval asks about."""
     prevalence: Part | None = None
     """Share of images that are of the positive class where the model is to be used, at which PPV, NPV, the
-    number flagged and net benefit are told; that of the split if not given."""
+    number flagged and net benefit are told, the latter of probabilities brought to it; that of the split if
+    not given."""
     patient_prevalence: Part | None = None
     """The same of patients."""
     subgroups: tuple[str, ...] = ("sex", "age", "site", "image_size", "source")
-    """What figures are told by: age (in bands), sex, site, image_size, source, or columns of the shard
-    set."""
+    """What figures are told by: age (in bands), sex, site, image_size (as packed), source, or columns of the
+    shard set."""

@@ -42,13 +42,28 @@ def decision_curve(
     image.
 
     Args:
-        prevalence: at which benefit is told; None: that of the data.
+        prevalence: at which benefit is told, of probabilities brought to it from that of the data; None: that
+            of the data.
     """
+    if prevalence is not None:
+        scores = _brought(scores, float(positives.mean()), prevalence)
     part = _Benefit(scores, positives, groups, prevalence)
     found = estimate([part], groups, bootstrap, group)
     return [
         {"probability": p, "model": found.get(f"model {p}"), "all": found.get(f"all {p}")} for p in ACTED_ON
     ]
+
+
+def _brought(scores: Floats, share: float, prevalence: float) -> Floats:
+    """Probabilities (n,) calibrated where a share is positive, as they would be at a prevalence (Elkan 2001).
+
+    Left alone they would be too high for a clinic where fewer are positive, and so its benefit too low. Where
+    all or none are positive, nothing tells what to bring them from.
+    """
+    if not 0 < share < 1:
+        return scores
+    of, others = scores * prevalence / share, (1 - scores) * (1 - prevalence) / (1 - share)
+    return of / (of + others)
 
 
 class _Benefit:

@@ -110,16 +110,35 @@ def test_calibration_error_by_hand():
 
 @pytest.mark.parametrize("prevalence", [None, 0.02])
 def test_net_benefit_equals_its_definition(prevalence):
-    scores, positives, groups = case(3)
+    scores, positives, groups = case(3, ties=prevalence is None)
     found = decision_curve(scores, positives, groups, FEW, "patient", prevalence)
     assert [row["probability"] for row in found] == list(ACTED_ON)
     share = positives.mean() if prevalence is None else prevalence
+    if prevalence is not None:
+        odds = scores / (1 - scores) * share / (1 - share) / positives.mean() * (1 - positives.mean())
+        scores = odds / (1 + odds)
     for row in found:
         p = row["probability"]
         for name, acted in (("model", scores >= p), ("all", np.ones(len(scores), bool))):
             hit, false = acted[positives].mean() * share, acted[~positives].mean() * (1 - share)
             assert row[name]["value"] == pytest.approx(hit - false * p / (1 - p))
             assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+
+
+def test_at_another_prevalence_a_calibrated_model_is_worth_as_much_as_where_it_is_used():
+    """The same clinic seen twice: as it is, and with so many more positives, its probabilities to match."""
+    draw = np.random.default_rng(0)
+    risk = draw.beta(0.5, 8, 40_000)
+    positives = draw.random(len(risk)) < risk
+    enriched = np.concatenate([np.flatnonzero(positives).repeat(5), np.flatnonzero(~positives)])
+    given = 5 * risk / (5 * risk + 1 - risk)
+    there = decision_curve(risk, positives, np.arange(len(risk)) % 50, FEW, "patient")
+    here = decision_curve(
+        given[enriched], positives[enriched], enriched % 50, FEW, "patient", float(positives.mean())
+    )
+    for one, other in zip(there, here, strict=True):
+        assert other["model"]["value"] == pytest.approx(one["model"]["value"], abs=2e-4)
+        assert other["all"]["value"] == pytest.approx(one["all"]["value"])
 
 
 def test_several_classes_have_their_own_and_mean_areas():
