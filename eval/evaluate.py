@@ -5,6 +5,7 @@ shell:  moleprint evaluate configs/demo.yaml
 """
 
 import csv
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,14 +70,23 @@ def evaluate(
         _write_predictions(folder / "predictions_test.csv", test, probabilities, classifier)
         pictures = report.write(folder, experiment, results, data, classifier, probabilities)
     if tracker:
-        values = {
-            f"{split}/{name}": figure["value"]
-            for split in SPLITS
-            for name, figure in results[split].items()
-            if isinstance(figure, dict) and "value" in figure
-        }
+        values = {name: value for split in SPLITS for name, value in _flat(split, results[split])}
         tracker.figures(values, {name: run / "report" / path.name for name, path in pictures.items()})
     return results
+
+
+def _flat(place: str, found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Figures below a place as (PLACE/NAME, value), with the ends of their intervals as NAME_low, NAME_high.
+
+    Those of subgroups, some hundreds, are left to metrics.json and the forest plot.
+    """
+    if isinstance(found.get("value"), float):
+        yield place, found["value"]
+        yield from ((f"{place}_{end}", found[end]) for end in ("low", "high") if found[end] is not None)
+        return
+    for name, below in found.items():
+        if isinstance(below, dict) and name != "subgroups":
+            yield from _flat(f"{place}/{name}", below)
 
 
 def headline(results: dict[str, Any]) -> str:

@@ -251,6 +251,15 @@ def test_the_tracker_gets_figures_and_pictures_that_exist(experiment):
     results = evaluate(experiment, tracker=recorder, progress=False)
     assert recorder.values["test/roc_auc"] == results["test"]["roc_auc"]["value"]
     assert recorder.values["val/f1.melanoma"] == results["val"]["f1.melanoma"]["value"]
+    for place, of in (
+        ("test/roc_auc", results["test"]["roc_auc"]),
+        ("test/patients/sensitivity", results["test"]["patients"]["sensitivity"]),
+        ("test/embedding/map_at_r", results["test"]["embedding"]["map_at_r"]),
+        ("test/models/knn/difference/roc_auc", results["test"]["models"]["knn"]["difference"]["roc_auc"]),
+    ):
+        told = [recorder.values[f"{place}{end}"] for end in ("", "_low", "_high")]
+        assert told == [of["value"], of["low"], of["high"]]
+    assert all(isinstance(value, float) for value in recorder.values.values())
 
 
 def test_it_refuses_what_does_not_belong_together(experiment):
