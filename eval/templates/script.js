@@ -1,3 +1,10 @@
+// Paper unfolds nothing: what is folded is opened for it, and closed again.
+addEventListener("beforeprint", () => {
+  const folded = [...document.querySelectorAll("details:not([open])")];
+  folded.forEach((details) => (details.open = true));
+  addEventListener("afterprint", () => folded.forEach((details) => (details.open = false)), { once: true });
+});
+
 // Shows the lesion nearest to the pointer, in both maps at once.
 (() => {
   const panel = document.getElementById("seen");
