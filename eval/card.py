@@ -70,6 +70,7 @@ def _limits(results: Mapping[str, Any], data: Mapping[str, Embeddings]) -> list[
         f"{found / test['images']:.1%} of the test images are {positive}: elsewhere predictive values differ",
         "another clinic, camera or population may give other figures than the intervals say",
         "skin tone is not recorded, so its effect is not measured",
+        "nor are rulers, ink, hair, gel and dark corners, which a network may go by instead of the lesion",
     ]
     small = [
         f"{column}: {value}"

@@ -139,7 +139,7 @@ def headline(results: dict[str, Any]) -> str:
 def _beside(results: dict[str, Any]) -> list[str]:
     """The models beside the verdict's, and how far they are apart."""
     test, name = results["test"], results["model"]
-    lines = [f"  {'ROC-AUC':<22}{'':<23}{name} less this model"]
+    lines = [f"  {'ROC-AUC':<22}{'':<23}{name} less this model; DeLong takes images for independent"]
     lines.append(f"  {name:<22}{interval(test, 'roc_auc'):<23}gives the verdict")
     for other, its in test["models"].items():
         apart = interval(its["difference"], "roc_auc")

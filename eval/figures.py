@@ -102,7 +102,17 @@ def _undefined(parts: Sequence[Part], count: int, group: str) -> dict[str, str]:
 
 
 class Detection:
-    """The figures of one class against the rest, by its score and a threshold."""
+    """The figures of one class against the rest, by its score and a threshold.
+
+    `calibration_error` is the expected one: |mean score - share of the class|, weighed over BINS bins of
+    about as many samples (Naeini, Cooper & Hauskrecht 2015). It cannot be negative, so chance alone lifts it
+    above 0, in every bootstrap draw once more than in the data: its value is biased upward, and its
+    percentile interval sits higher still and need not hold the value of a perfectly calibrated model, which
+    is 0 (Kumar, Liang & Ma 2019, "Verified Uncertainty Calibration"). The bins stay those of the data.
+
+    `sensitivity_at_specificity_…` and the reverse take whatever threshold these samples allow, not the stored
+    one, which flatters a little where samples are few.
+    """
 
     def __init__(
         self,

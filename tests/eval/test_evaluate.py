@@ -231,6 +231,16 @@ def test_draws_that_an_interval_lacks_are_told(experiment):
     assert f"In test, {lacking} draws leave roc_auc undefined, and its interval does without them." in page
 
 
+@pytest.mark.parametrize(
+    ("prevalence", "said"), [(None, "are at each split's own prevalence"), (0.0176, "at 1.76 % melanoma, as")]
+)
+def test_the_page_says_at_what_prevalence_and_what_to_beware_of(experiment, prevalence, said):
+    settings = experiment.evaluate.model_copy(update={"prevalence": prevalence})
+    evaluate(experiment.model_copy(update={"evaluate": settings}), progress=False)
+    page = " ".join((experiment.run.folder / "report/index.html").read_text().split())
+    assert said in page and "its range sits high" in page and "takes images for independent" in page
+
+
 def test_headline_tells_the_figures(experiment):
     results = evaluate(experiment, progress=False)
     text, test = headline(results), results["test"]
