@@ -14,24 +14,13 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def retrieval(
-    vectors: NDArray[np.float32], labels: Ints, *, queries: Ints | None = None, chunk: int = 4096
-) -> dict[str, float]:
-    """Mean over the queries of what `per_query` gives; those without another sample of their class are left
-    out."""
-    return {
-        name: float(np.nanmean(values))
-        for name, values in per_query(vectors, labels, queries=queries, chunk=chunk).items()
-    }
-
-
 def per_query(
     vectors: NDArray[np.float32],
     labels: Ints,
     *,
     queries: Ints | None = None,
     groups: Ints | None = None,
-    chunk: int = 4096,
+    chunk: int = 128,
 ) -> dict[str, Floats]:
     """Each query's retrieval among all samples.
 
