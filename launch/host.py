@@ -95,7 +95,7 @@ def _network(host: Host, route: Route) -> list[Setting]:
         ),
         Setting(
             "--rdzv-conf",
-            f"is_host={int(route.is_host)},last_call_timeout=15,read_timeout=300",
+            f"is_host={int(route.is_host)},join_timeout=600,last_call_timeout=15,read_timeout=300",
             _meeting(route),
         ),
         # torch's store, shared over restarts, is announced in the first round only (pytorch #135712).
@@ -111,8 +111,8 @@ def _network(host: Host, route: Route) -> list[Setting]:
 
 
 def _meeting(route: Route) -> str:
-    where = "all meet at this host" if route.is_host else "all meet at another host"
-    return f"{where}, in 300 s; once enough are there, 15 s for more"
+    where = "all meet at this host" if route.is_host else "all meet at another host, there in 300 s"
+    return f"{where}; 600 s for enough of them, then 15 s for more"
 
 
 def _kept(setting: Setting, environment: Mapping[str, str]) -> Setting:

@@ -4,7 +4,8 @@ It takes torchrun's arguments, so that what `moleprint launch` shows is what it 
 
 - the error that the user is shown is that of the rank which failed first, from its log;
 - a mistake of the user's (exit status 2) is not tried again, whatever --max-restarts says;
-- told to end (SIGTERM, SIGUSR1), it lets the ranks save and end of themselves.
+- told to end (SIGTERM, SIGUSR1), it lets the ranks save and end of themselves;
+- hosts that were together tell one that vanished (status 75) from one that has ended the run.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed import run as torch_run
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -35,6 +37,10 @@ MISTAKE = 2
 """Exit status of a rank that ended for a mistake of the user's, which it has told, or a peer of it has."""
 GRACE = 100
 """Seconds for ranks that are told to end: the recipes of SLURM and Kubernetes give 120."""
+TORCH_GRACE = 30
+"""Seconds that torch gives the other ranks of a host to end when one has failed; then it kills them."""
+LINGER = 5
+"""Seconds that the host where all meet stays when it has ended a run, so that the others hear of it."""
 LINES = 25
 """Last lines of a failed rank's log that are shown."""
 
@@ -68,6 +74,10 @@ def torchrun(arguments: Sequence[str], logs: Path) -> None:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise StageError(RESUMABLE) from None
+        except StageError:
+            if config.rdzv_configs.get("is_host") == "1":
+                time.sleep(LINGER)  # the store where they read it ends with this process
+            raise
         except RendezvousClosedError:
             _say("error: the other hosts have ended this run; what they print says why")
             raise StageError(1) from None
@@ -96,13 +106,35 @@ def _logs(folder: Path) -> Iterator[None]:
 class _Agent(LocalElasticAgent):
     """Says what became of the ranks, and knows what is not worth a second try."""
 
+    _ended = False
+    """Whether other hosts have been seen to end the run."""
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """As torch's; raises StageError where this host was together with others that are lost."""
+        try:
+            result: RunResult | None = super().run(role)
+        except (RendezvousError, DistError) as error:
+            if isinstance(error, RendezvousClosedError) or not self._pcontext:  # never together
+                raise
+            if self._ended:
+                raise RendezvousClosedError from error
+            reason = " ".join(str(error.__cause__ or error).split()) or "too few came back in time"
+            _say(
+                f"error: other hosts are lost ({reason[:200]}); the same command goes on from the newest step"
+            )
+            raise StageError(RESUMABLE) from None
+        # None: it waited in vain for a place among --nodes. torch goes on as if it were a result.
+        return result or RunResult(WorkerState.SUCCEEDED)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.HEALTHY:
+            self._ended = worker_group.spec.rdzv_handler.is_closed()
         if result.is_failed() and result.failures and self._pcontext:
-            logs = self._pcontext.stderrs
-            ends = [End.of(r, f, logs[f.local_rank]) for r, f in result.failures.items()]
+            logs, began = self._pcontext.stderrs, min(f.timestamp for f in result.failures.values())
+            ends = [End.of(r, f, logs[f.local_rank], began) for r, f in result.failures.items()]
             first = min(ends, key=End.order)
-            first.tell(len(worker_group.workers))
+            first.tell(ends, len(worker_group.workers), worker_group.group_world_size or 1)
             if first.status == MISTAKE or not self._remaining_restarts:
                 raise StageError(first.status)
         return result
@@ -131,34 +163,52 @@ class End:
     exitcode: int
     time: int
     """Seconds since 1970."""
+    killed_by_torch: bool
+    """Whether it was another rank's end that this one did not heed."""
     log: Path
     """What it wrote on standard error."""
 
     @classmethod
-    def of(cls, rank: int, failure: ProcessFailure, log: str) -> "End":
-        """What torch noted of a rank."""
+    def of(cls, rank: int, failure: ProcessFailure, log: str, began: int) -> "End":
+        """What torch noted of a rank.
+
+        Args:
+            began: when the first of them ended, in seconds since 1970.
+        """
         killed = failure.exitcode in (-signal.SIGKILL, -signal.SIGTERM)  # from outside: it can start again
         status = failure.exitcode if failure.exitcode in (MISTAKE, RESUMABLE) else RESUMABLE if killed else 1
-        return cls(rank, failure.local_rank, status, failure.exitcode, failure.timestamp, Path(log))
+        late = failure.exitcode == -signal.SIGKILL and failure.timestamp - began >= TORCH_GRACE - 1
+        return cls(rank, failure.local_rank, status, failure.exitcode, failure.timestamp, late, Path(log))
 
     def order(self) -> tuple[bool, int, float]:
         """Sorts the one first that failed first, before those that were only drawn along."""
-        silent = self.exitcode == MISTAKE and not self.errors()
-        drawn_along = silent or self.exitcode in (RESUMABLE, -signal.SIGTERM)
+        silent = self.exitcode == MISTAKE and not self.told()
+        drawn_along = silent or self.killed_by_torch or self.exitcode in (RESUMABLE, -signal.SIGTERM)
         return drawn_along, self.time, self.log.stat().st_mtime
 
     def lines(self) -> list[str]:
         """Of its log."""
         return self.log.read_text(errors="replace").splitlines()
 
-    def errors(self) -> list[str]:
-        """Lines in which it told the user an error."""
-        return [line for line in self.lines() if line.startswith("error:")]
+    def told(self) -> list[str]:
+        """Lines in which it told the user why it ends."""
+        return [line for line in self.lines() if line.startswith(("error:", "told to stop:"))]
 
-    def tell(self, ranks: int) -> None:
-        """Show why it ended; local rank 0's own words are on the console already."""
-        if self.exitcode in (MISTAKE, RESUMABLE) and (errors := self.errors()):
-            _say(*(errors if self.local_rank else ()))
+    def tell(self, ends: "Sequence[End]", ranks: int, hosts: int) -> None:
+        """Show why it ended; local rank 0's own words are on the console already.
+
+        Args:
+            ends: those of all ranks of this host: one of them may have told what this one knows of.
+            ranks: how many there are.
+            hosts: of the run.
+        """
+        if self.exitcode in (MISTAKE, RESUMABLE):
+            for end in sorted(ends, key=lambda end: (end is not self, end.order())):
+                if told := end.told():
+                    _say(*(told if end.local_rank else ()))
+                    return
+        if self.exitcode == MISTAKE and hosts > 1:
+            _say("error: a rank of another host has found a mistake, and tells it there")
             return
         _say(*(self.lines()[-LINES:] if self.local_rank else ()))
         how = f"ended with exit status {self.exitcode}"

@@ -47,7 +47,7 @@ def start(stage: Callable[[Experiment, World], None]) -> None:
         )
         sys.exit(RESUMABLE)
     except StoppedError as stopped:
-        if process_rank() == 0:
+        if local_rank() == 0:
             print(stopped, file=sys.stderr, flush=True)
         sys.exit(RESUMABLE)
     except KeyboardInterrupt:  # the launcher says so

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from configs.errors import StageError
-from launch.torchrun import torchrun
+from launch.torchrun import End, torchrun
 
 SAYS = "import os, signal, sys, time; rank = int(os.environ['RANK']); path = sys.argv[1]\n"
 LOST = "def lost():\n    print(f'error: rank {rank}: another rank is gone', file=sys.stderr); sys.exit(75)\n"
@@ -43,6 +44,12 @@ ENDS: dict[str, tuple[str, int, list[str], list[str]]] = {
     ),
     "one that says nothing": ("time.sleep(rank); sys.exit(2)", 2, ["error: rank 0 on", "exit status 2"], []),
     "told to end": (f"{LOST}lost()", 75, ["error: rank 0: another rank is gone"], ["start again"]),
+    "told to end by another host": (
+        "if rank == 0: print('told to stop: step 3 is saved', file=sys.stderr)\nsys.exit(75)",
+        75,
+        ["told to stop: step 3"],
+        ["error:"],
+    ),
 }
 
 
@@ -89,6 +96,35 @@ def test_the_first_ranks_error_is_what_is_shown(case: str, launch: Launch, tmp_p
     assert not any(words in ended.err for words in unsaid), ended.err
     assert "ChildFailedError" not in ended.err
     assert (tmp_path / "logs").exists() == (status != 2)
+
+
+HANGS = "error: no step for 6 s (train.timeout): rank 0 hangs after step 7"
+GROUPS: dict[str, tuple[list[tuple[int, int, str]], int, str]] = {
+    # (seconds, exit status, told) of each rank of a host; the launcher's status; what it says
+    "a rank of another host told a mistake": ([(0, 2, ""), (0, 2, "")], 2, "error: a rank of another host"),
+    "rank 0 hangs, rank 2 knows": ([(30, -9, ""), (0, 75, ""), (0, 75, HANGS)], 75, HANGS),
+    "rank 1 hangs, rank 0 knows": ([(0, 75, HANGS), (31, -9, "")], 75, ""),
+    "rank 0 told a mistake, and waits for W&B": ([(30, -9, "error: bad"), (0, 2, "")], 2, ""),
+    "rank 1 is killed by another": ([(1, 75, "error: lost"), (0, -9, "")], 75, "error: rank 1 on"),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_who_was_first_of_a_host_among_others(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not one that torch killed, 30 s after another had ended: nobody is to look for a lack of memory."""
+    ranks, status, said = GROUPS[case]
+    ends = []
+    for rank, (seconds, code, told) in enumerate(ranks):
+        (tmp_path / str(rank)).write_text(told)
+        failure = ProcessFailure(rank, 1, code, error_file="")
+        failure.timestamp = 1000 + seconds
+        ends.append(End.of(rank, failure, str(tmp_path / str(rank)), began=1000))
+    first = min(ends, key=End.order)
+    first.tell(ends, len(ends), hosts=2)
+    words = capsys.readouterr().err
+    assert (first.status, words.startswith(said), bool(words)) == (status, True, bool(said)), words
 
 
 def test_every_rank_has_a_log_and_rank_0_the_console(launch: Launch, tmp_path: Path) -> None:
