@@ -7,6 +7,7 @@ cannot be told is on disk.
 import io
 import json
 import math
+import os
 import sys
 import time
 import uuid
@@ -19,13 +20,13 @@ import torch
 import wandb
 from PIL import Image
 
-from configs.errors import UserError
 from configs.schema import Experiment
 from pipeline.environment import environment
 from shards.files import atomic, read_json, write_json, writing
 from shards.shardset import ShardSet
 from train import artifacts, gallery
 from train.gallery import Floats, Ints
+from train.signals import StoppedError
 from train.window import PATIENCE, REACHED, Call, Window
 
 
@@ -54,6 +55,8 @@ class Tracker:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         _drop_lines(self._lines, stage, after)
+        # W&B's word home of its own errors: where the network swallows it, the process would wait at its end.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         mode = _mode(self._settings.mode)
         of_agent = wandb.setup().settings.run_id if mode != "disabled" else None  # a sweep's, WANDB_RUN_ID
         self.run_id = run = _run_id(self._folder, run_id or of_agent)
@@ -140,8 +143,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, UserError):
-            self._alert(f"{self._stage} ended", str(error), "ERROR")
+        if isinstance(error, Exception) and not isinstance(error, StoppedError):
+            self._alert(f"{self._stage} ended", str(error) or type(error).__name__, "ERROR")
         self.close(failed=kind is not None)
 
     def _show(self, make: Callable[[], dict[str, Any]]) -> None:

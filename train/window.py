@@ -10,6 +10,8 @@ PATIENCE = 60
 """Seconds that the end of a stage waits for what is still to be sent; the rest stays on disk."""
 REACHED = 30
 """Seconds that a run may take to begin online; then it is logged offline."""
+BROKEN_OFF = 20
+"""Seconds that a stage waits for W&B after an error or when told to end: torchrun kills after 30."""
 
 Call = Callable[[Any], None]
 
@@ -33,18 +35,20 @@ class Window:
         self._calls.put(call)
 
     def close(self, failed: bool) -> None:
-        """Make all calls, end the run; after PATIENCE seconds say that it is not all sent, and leave it."""
+        """Make all calls, end the run; where that takes too long, say that not all is sent, and leave it."""
         self.do(lambda run: run.finish(exit_code=int(failed)))
         self._calls.put(None)
-        self._thread.join(PATIENCE + REACHED)
+        self._thread.join(BROKEN_OFF if failed else PATIENCE + REACHED)
         if self._thread.is_alive():
             self._say("not all could be sent in time")
+            self._told = True
 
     def _work(self) -> None:
         try:
             run = self._start()
         except Exception as error:  # whatever W&B's client raises: training goes on without it
-            self._say(f"cannot be started ({_reason(error)})")
+            if not self._told:
+                self._say(f"cannot be started ({_reason(error)})")
             return
         while call := self._calls.get():
             try:

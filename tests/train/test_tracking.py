@@ -32,6 +32,7 @@ from train import window as tracking_window
 from train.distributed import world
 from train.encoder import run
 from train.gallery import hardest_triplets, plane
+from train.signals import StoppedError
 from train.tracking import Tracker
 from train.window import Window
 
@@ -312,6 +313,37 @@ def test_a_stage_does_not_wait_for_ever(
     window.close(failed=False)
     assert "not all could be sent in time" in capsys.readouterr().err
     freed.set()
+
+
+def test_after_an_error_it_waits_less_than_torchrun_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which kills what is left 30 s after the first rank: the error would never be told."""
+    assert tracking_window.BROKEN_OFF < 30
+    monkeypatch.setattr(tracking_window, "BROKEN_OFF", 0.1)
+    begins, begun = threading.Event(), threading.Event()
+
+    def start(*_: Any) -> None:
+        begins.wait()
+        begun.set()
+        raise RuntimeError("too late to be told")
+
+    monkeypatch.setattr(tracking, "_start", start)
+    with pytest.raises(UserError), Tracker(experiment(tmp_path / "run", "offline"), "encoder"):
+        raise UserError("it diverged")
+    begins.set()
+    assert begun.wait(10)
+    said = capsys.readouterr().err
+    assert "not all could be sent in time" in said and "too late" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "alerts"), [(RuntimeError("out of memory"), 1), (StoppedError("told to stop"), 0)]
+)
+def test_an_error_is_an_alert_and_a_stop_is_none(error: Exception, alerts: int, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), Tracker(experiment(tmp_path / "run", "offline"), "encoder"):
+        raise error
+    assert contents(tmp_path / "run")["alerts"] == [("encoder ended", str(error))] * alerts
 
 
 def test_the_hardest_triplets_are_those_of_a_slow_loop() -> None:
