@@ -2,6 +2,7 @@
 colour-blind readers tell apart (Okabe & Ito 2008). No display needed."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +13,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from configs.training import Loss
 from eval.metrics import Bools, Bootstrap, Floats, Ints, Ranking, precision_band, reliability, roc_band
 from eval.projection import Plane
 
 INK, GREY, GRID = "#222222", "#767676", "#e6e6e6"
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 OTHERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+LINES = ("-", "--", ":")
 LOGIT_TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 TITLES = {"roc_auc": "ROC-AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
 SIZE = (4.8, 4.2)  # inches
 Place = Literal["best", "upper left", "upper right", "lower right"]
 Series = dict[str, list[tuple[float, float]]]
+Panel = tuple[str, str, Series]
 
 
 def roc(path: Path, ranking: Ranking, groups: Ints, threshold: float, bootstrap: Bootstrap | None) -> None:
@@ -186,24 +190,55 @@ def forest(path: Path, parts: Mapping[str, Mapping[str, Any]], overall: Mapping[
 
 def training_curves(path: Path, log: Path) -> bool:
     """Losses and validation AUC of encoder and classifier from metrics.jsonl; False where it has none."""
-    panels = [
-        (stage, word, series)
-        for stage, curves in read_curves(log).items()
-        for word in ("loss", "auc")
-        if (series := {name: points for name, points in curves.items() if word in name})
-    ]
+    panels = [panel for panel in _panels(log) if panel[1] in ("loss", "AUC")]
+    return _curves(path, panels, columns=2, size=(4.8, 3.1))
+
+
+def further_curves(path: Path, log: Path) -> bool:
+    """All other figures of metrics.jsonl, a panel for each or for those that compare; False without any."""
+    panels = [panel for panel in _panels(log) if panel[1] not in ("loss", "AUC")]
+    return _curves(path, panels, columns=3, size=(3.6, 2.7))
+
+
+def _panels(log: Path) -> list[Panel]:
+    """Every figure of a metrics.jsonl, those that compare together: (stage, panel, name -> points)."""
+    panels: list[Panel] = []
+    for stage, curves in read_curves(log).items():
+        mine: dict[str, Series] = {"loss": {}, "AUC": {}}
+        for name, points in curves.items():
+            if name not in ("time", "seconds_left"):
+                mine.setdefault(_panel(name), {})[name] = points
+        panels += [(stage, panel, series) for panel, series in mine.items() if series]
+    return panels
+
+
+def _panel(name: str) -> str:
+    """The panel of a figure: validation's beside training's."""
+    bare = name.removeprefix("val_")
+    if "loss" in bare or bare in Loss.model_fields:  # a loss is logged under the name of its weight
+        return "loss"
+    if "auc" in bare:
+        return "AUC"
+    if bare.startswith(("recall", "map")):
+        return "retrieval"
+    return re.sub(r"_p\d+$", "", bare)  # quantiles beside the mean
+
+
+def _curves(path: Path, panels: Sequence[Panel], *, columns: int, size: tuple[float, float]) -> bool:
     if not panels:
         return False
-    columns = min(2, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.8 * columns, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     for place, (stage, word, series) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
-        _dress(axes, "epoch", word.replace("auc", "AUC"))
+        _dress(axes, "epoch", word.replace("_", " "))
         axes.set_title(stage, loc="left", fontsize=10, color=INK)
-        for (name, points), colour in zip(sorted(series.items()), OTHERS * len(series), strict=False):
-            axes.plot(*np.array(points).T, color=colour, linewidth=1.4, label=_plain(name))
-        axes.legend(frameon=False, fontsize=8)
+        for number, (name, points) in enumerate(sorted(series.items())):
+            colour, line = OTHERS[number % len(OTHERS)], LINES[number // len(OTHERS) % len(LINES)]
+            axes.plot(*np.array(points).T, color=colour, linestyle=line, linewidth=1.4, label=_plain(name))
+        if set(series) != {word}:
+            axes.legend(frameon=False, fontsize=8)
     save(figure, path)
     return True
 

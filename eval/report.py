@@ -181,8 +181,10 @@ def _draw(
     if of["subgroups"]:
         overall = {**of, "positive": int(positives.sum())}
         plots.forest(path("subgroups"), of["subgroups"], overall, "roc_auc")
-    if plots.training_curves(folder / "training.png", experiment.run.folder / "metrics.jsonl"):
-        path("training")
+    log = experiment.run.folder / "metrics.jsonl"
+    for name, draw in (("training", plots.training_curves), ("curves", plots.further_curves)):
+        if draw(folder / f"{name}.png", log):
+            path(name)
     return drawn
 
 

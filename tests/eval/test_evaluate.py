@@ -121,11 +121,14 @@ def test_figures_are_those_of_the_classifier_on_the_embeddings(experiment):
 
 def test_the_report_folder_is_complete_and_self_contained(experiment, drawn):
     run = experiment.run.folder
-    lines = [{"stage": "encoder", "step": i, "epoch": i / 2, "loss": 1 / (i + 1)} for i in range(6)]
+    about = {"stage": "encoder", "time": 1.7e9}
+    lines = [{**about, "step": i, "epoch": i / 2, "loss": 1 / (i + 1), "lr": 0.1} for i in range(6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = evaluate(experiment, progress=False, notice="Drawn, not photographed.")
     names = {path.name for path in (run / "report").iterdir()}
-    assert names == {f"{name}.{kind}" for name in PICTURES | {"training"} for kind in ("png", "svg")} | {
+    assert names == {
+        f"{name}.{kind}" for name in PICTURES | {"training", "curves"} for kind in ("png", "svg")
+    } | {
         "metrics.json",
         "predictions_test.csv",
         "index.html",
@@ -133,7 +136,7 @@ def test_the_report_folder_is_complete_and_self_contained(experiment, drawn):
     page = (run / "report/index.html").read_text()
     shown = {*labels_of_pictures(page), "confusion"}  # which is a table there
     assert shown == (PICTURES - {"embeddings_pca", "embeddings_tsne"}) | {
-        *("training", "PCA of the test embeddings", "t-SNE of the test embeddings")
+        *("training", "curves", "PCA of the test embeddings", "t-SNE of the test embeddings")
     }
     assert "Drawn, not photographed." in page and "not a medical device" in page
     for name in ("roc_auc", "pr_auc", "sensitivity", "specificity"):
@@ -305,3 +308,22 @@ def test_curves_of_a_resumed_run_count_each_epoch_once(tmp_path):
     assert curves["classifier"] == {"val_roc_auc": [(5.0, 0.7)]}
     assert training_curves(tmp_path / "curves.png", log) and (tmp_path / "curves.png").is_file()
     assert not training_curves(tmp_path / "none.png", tmp_path / "missing.jsonl")
+
+
+def test_every_figure_of_the_log_is_redrawn(tmp_path, monkeypatch):
+    """Once, beside those that it compares with; none that is no figure."""
+    figures = ("loss", "triplet", "classification", "val_triplet_loss", "val_roc_auc", "lr", "grad_norm")
+    figures += ("images_per_second", "data_wait", "spread", "val_spread", "val_recall_at_1", "val_map_at_r")
+    figures += ("distance_negative", "distance_negative_p90", "active_triplets", "one_of_tomorrow")
+    row = {"stage": "encoder", "time": 1.7e9, "seconds_left": 5.0, **dict.fromkeys(figures, 0.5)}
+    rows = [{**row, "step": step, "epoch": step / 2} for step in (1, 2)]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    assert plots.training_curves(tmp_path / "a.png", log) and plots.further_curves(tmp_path / "b.png", log)
+    panels = [{line.get_label() for line in axes.lines} for figure in drawn for axes in figure.axes]
+    assert sorted(name for panel in panels for name in panel) == sorted(figures)
+    assert {"distance_negative", "distance_negative_p90"} in panels
+    assert {"spread", "val_spread"} in panels and {"val_recall_at_1", "val_map_at_r"} in panels
+    assert panels[0] == {"loss", "triplet", "classification", "val_triplet_loss"}
