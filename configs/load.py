@@ -21,7 +21,7 @@ from configs.schema import Experiment
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people write it: `3e-4` is a float, and a key given twice is a problem."""
+    """YAML 1.1 as people write it: `3e-4` is a float, `20:25` no number, a key given twice a problem."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -41,6 +41,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+for _first in "-+0123456789":  # before the number in base 60 that YAML 1.1 sees there: 1225
+    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^[-+]?\d+:")))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:

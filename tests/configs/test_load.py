@@ -111,6 +111,11 @@ def test_numbers_as_people_write_them(written: Any) -> None:
     assert experiment.loader.mean == (0, 0.5, 1)
 
 
+def test_two_numbers_with_a_colon_are_none_in_base_60(written: Any) -> None:
+    assert written("tracking: {profile: 20:25}").tracking.profile == "20:25"
+    assert written("", "tracking.profile=2:14", "tracking.tags=[1:2:3]").tracking.profile == "2:14"
+
+
 def test_overrides_win_and_falsy_values_are_values(written: Any) -> None:
     experiment = written(
         "train: {patience: 5, seed: 3, lr: 1.0}\nloader: {augment: {hue: 4, shift: 0.1}}",
