@@ -272,6 +272,8 @@ def _launch(options: argparse.Namespace) -> None:
         rendezvous=options.rendezvous,
         restarts=options.max_restarts,
     )
+    if options.sbatch and not options.slurm:
+        raise UserError(f"--sbatch={options.sbatch[0]}: is for a job of SLURM; add --slurm, or leave it out")
     if options.slurm:
         asked.sbatch(options.sbatch, dry=options.dry_run)
     else:

@@ -151,7 +151,7 @@ def route_to(endpoint: str, *, patience: float = PATIENCE) -> Route:
 def split(endpoint: str) -> tuple[str, int]:
     """Host and port of `HOST` or `HOST:PORT`; raises UserError."""
     name, _, port = endpoint.partition(":")
-    if not name or (port and not port.isdigit()):
+    if not name or (port and not (port.isdigit() and 0 < int(port) < 1 << 16)):
         raise UserError(f"'{endpoint}': expected HOST:PORT, such as node01:{PORT}")
     return name, int(port or PORT)
 

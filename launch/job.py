@@ -7,6 +7,7 @@ moleprint launch --slurm ──► that sbatch call
 """
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -59,6 +60,7 @@ class Job:
             StageError: if a rank ends with an error, or all were told to end.
             UserError: if this host or the way to the others is not as asked.
         """
+        self._check()
         host = Host.this()
         ranks = self.ranks(host)
         chosen = settings(host, ranks, self._route())
@@ -72,6 +74,17 @@ class Job:
             os.environ.update(variables)
             os.environ.setdefault("TQDM_MININTERVAL", "10")  # ranks write to files: seldom, and whole lines
             torchrun(arguments, self.logs)
+
+    def _check(self) -> None:
+        """Raises UserError for numbers that cannot be meant."""
+        least, _, most = self.nodes.partition(":")
+        if not re.fullmatch(r"[1-9]\d*(:\d+)?", self.nodes) or int(most or least) < int(least):
+            raise UserError(
+                f"--nodes {self.nodes}: expected a number of hosts, or MIN:MAX of them, such as 1:2"
+            )
+        for name, number in (("--gpus", self.gpus), ("--max-restarts", self.restarts)):
+            if number is not None and number < 0:
+                raise UserError(f"{name} {number}: expected 0 or more")
 
     def ranks(self, host: Host) -> int:
         """Processes on a host: as many as asked, but one a GPU at most where there are any."""
@@ -127,7 +140,8 @@ class Job:
         Raises:
             UserError: if SLURM is not there, or refuses it.
         """
-        if not self.nodes.isdigit():
+        self._check()
+        if ":" in self.nodes:
             raise UserError(f"--nodes {self.nodes}: SLURM gives a job a fixed number of nodes; give that")
         command = [
             "sbatch",

@@ -93,6 +93,9 @@ def test_the_place_where_hosts_meet() -> None:
     assert here == Route("127.0.0.1", "lo", is_host=True)
     with pytest.raises(UserError, match="expected HOST:PORT"):
         route_to("node01:http")
+    for port in ("0", "99999"):
+        with pytest.raises(UserError, match="expected HOST:PORT"):
+            route_to(f"localhost:{port}")
     with pytest.raises(UserError, match=r"nowhere.invalid:29400: the host where all meet"):
         route_to("nowhere.invalid:29400", patience=0)
     with pytest.raises(UserError, match="--nodes 2: they need a place to meet"):
@@ -144,6 +147,26 @@ def test_a_job_is_handed_to_slurm(
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="sbatch: not found"):
         demo().sbatch([])
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--nodes", "two"], "--nodes two: expected a number"),
+        (["--nodes", "3:2"], "--nodes 3:2: expected a number"),
+        (["--nodes", "0", "--slurm"], "--nodes 0: expected a number"),
+        (["--gpus", "-1", "--slurm"], "--gpus -1: expected 0 or more"),
+        (["--max-restarts", "-1"], "--max-restarts -1: expected 0 or more"),
+        (["--sbatch=--time=1"], "--sbatch=--time=1: is for a job of SLURM"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_shown(
+    words: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["launch", str(DEMO), "--rendezvous=localhost", "--dry-run", *words])
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {error}") and not said.out
 
 
 def test_strange_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
