@@ -22,9 +22,9 @@ def dataset(shards: ShardSet, place: Path | str) -> wandb.Artifact:
     where = str(place).rstrip("/") if is_url(place) else Path(place).resolve().as_uri()
     manifest = shards.manifest
     counts = {key: manifest[key] for key in ("splits", "classes")}
-    artifact = wandb.Artifact(
-        _name(where.rpartition("/")[2], "shards"), "dataset", metadata={"sha256": shards.sha256, **counts}
-    )
+    parent, last = where.split("/")[-2:]
+    name = _name(parent if last == "shards" else last, "shards")  # those of several sets are called so
+    artifact = wandb.Artifact(name, "dataset", metadata={"sha256": shards.sha256, **counts})
     # Unread, a reference looks the same to W&B whatever is there; the sum makes another set another version.
     artifact.add_reference(f"{where}/{MANIFEST}", name=MANIFEST, checksum=False)
     with artifact.new_file("SHA256") as file:

@@ -226,7 +226,7 @@ def test_what_an_offline_run_holds(tiny_experiment: Any, tmp_path: Path) -> None
         assert [count for count in counts if count] == [count] * validations
     tables = [row["encoder/embeddings/nrows"] for row in held["history"] if "encoder/embeddings/nrows" in row]
     assert tables == [len(ShardSet.of(made).split("val"))] * 2
-    shards = held["artifacts"]["shards-shards"]
+    shards = held["artifacts"][f"{Path(made.pack.output).parent.name}-shards"]
     assert (shards.type, shards.use_after_commit) == ("dataset", True)
     assert json.loads(shards.metadata)["sha256"] == ShardSet.of(made).sha256
     entries = {entry.path: entry for entry in shards.manifest.contents}
