@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 ABOUT: dict[str, Any] = json.loads((Path(__file__).parent / "bundle.json").read_text(encoding="utf-8"))
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 Box = tuple[float, float, float, float]
 
 
@@ -23,7 +24,7 @@ def pixels(data: bytes) -> NDArray[np.uint8]:
         box, size = _target(image.width, image.height)
         upright = image.getexif().get(ORIENTATION, 1) == 1
         profile = image.info.get("icc_profile")
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        if image.format in ("JPEG", "MPO") and image.mode in SPACES:
             if image.mode == "RGB" and upright and not profile and size == image.size:
                 return _through(data)
             needed = max(size[0] / (box[2] - box[0]), size[1] / (box[3] - box[1]))
@@ -82,24 +83,37 @@ def _decoded(data: bytes, image: Image.Image, needed: float) -> tuple[Image.Imag
     )
     width, height = sizes[eighths - 1]
     factor = 1 if eighths < 8 else 8
-    space = {"L": "GRAY", "RGB": "RGB"}[image.mode]
+    space = SPACES[image.mode]
     decoded = simplejpeg.decode_jpeg(data, space, min_height=height, min_width=width, min_factor=factor)
-    return Image.fromarray(decoded[:, :, 0] if image.mode == "L" else decoded), eighths / 8
+    if image.mode == "CMYK":
+        decoded = 255 - decoded  # JPEGs hold CMYK inverted, as Adobe began it
+    return Image.fromarray(decoded[:, :, 0] if image.mode == "L" else decoded, image.mode), eighths / 8
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """8-bit sRGB; the transparent turns black."""
-    if image.has_transparency_data:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no range to bring to 8 bits")
+    alpha = None
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"grey values {values.min()} to {values.max()} are beyond 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))  # 65535 / 255 = 257
+    elif image.has_transparency_data:
+        grey = image.mode in ("1", "L", "LA")
         image = image.convert("RGBA")
-        black = Image.new("RGB", image.size)
-        return Image.composite(image.convert("RGB"), black, image.getchannel("A"))
-    if profile and image.mode in ("RGB", "L", "CMYK"):
+        alpha, image = image.getchannel("A"), image.convert("L" if grey else "RGB")
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if profile:
         try:
             given, wanted = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             image = ImageCms.profileToProfile(image, given, wanted, outputMode="RGB") or image
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile says nothing
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return Image.composite(image, Image.new("RGB", image.size), alpha) if alpha else image
 
 
 def _turned(image: Image.Image, original: Image.Image) -> Image.Image:

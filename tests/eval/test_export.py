@@ -2,19 +2,25 @@
 
 import hashlib
 import importlib
+import io
 import json
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from configs.errors import UserError
+from configs.packing import Encode
 from eval import export as module
 from eval.export import FILES, FORMATS, Difference, export, said
 from eval.predict import Predictor
+from shards.encode import encode
 
 # -I: neither this folder nor PYTHONPATH; and no editable install of moleprint either.
 ALONE = """
@@ -78,6 +84,35 @@ def test_a_bundle_gives_the_runs_probabilities_without_moleprint(
         assert json.loads(probabilities.replace("'", '"')) == pytest.approx(
             prediction.probabilities, abs=1e-5
         )
+
+
+@pytest.mark.parametrize("resize", ["short_side", "pad", "crop", "stretch", "none"])
+def test_a_bundle_sees_the_pixels_that_packing_would_have_made(resize: str, tmp_path: Path) -> None:
+    settings = Encode(size=48, resize=resize)
+    (tmp_path / "bundle.json").write_text(json.dumps({"encoding": settings.model_dump(mode="json")}))
+    shutil.copy(module.TEMPLATES / "prepare.py", tmp_path)
+    prepare = runpy.run_path(str(tmp_path / "prepare.py"))["pixels"]
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8).repeat(12, 0).repeat(11, 1)
+    rgb = Image.fromarray(pixels)
+    deep, clear = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 251), rgb.copy()
+    clear.putalpha(rgb.getchannel(0))
+    for image, kind, options in (
+        (deep, "PNG", {}),
+        (deep, "TIFF", {}),
+        (clear, "PNG", {}),
+        (clear.convert("LA"), "PNG", {}),
+        (rgb.quantize(20), "GIF", {"transparency": 3}),
+        (rgb.convert("1"), "PNG", {}),
+        (rgb.convert("CMYK"), "JPEG", {}),
+    ):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        expected = simplejpeg.decode_jpeg(encode(file.getvalue(), settings).jpeg)
+        assert np.array_equal(prepare(file.getvalue())[0], expected), (image.mode, kind, *options)
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0].astype(np.float32)).save(file, "TIFF")
+    with pytest.raises(ValueError, match="floating-point"):
+        prepare(file.getvalue())
 
 
 def test_the_differences_are_said() -> None:
