@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ GRACE = 100
 TORCH_GRACE = 30
 """Seconds that torch gives the other ranks of a host to end when one has failed; then it kills them."""
 LINGER = 5
-"""Seconds that the host where all meet stays when it has ended a run, so that the others hear of it."""
+"""Seconds that the host where all meet stays when the run has ended, so that the others hear of it."""
 LINES = 25
 """Last lines of a failed rank's log that are shown."""
 
@@ -60,7 +61,6 @@ def torchrun(arguments: Sequence[str], logs: Path) -> None:
     for name in list(logging.root.manager.loggerDict):  # each of torch's has a level of its own
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    setattr(api, "LocalElasticAgent", _Agent)  # noqa: B010  # torch has no other way to put one in its place
     parsed = torch_run.parse_args(list(arguments))  # type: ignore[no-untyped-call]
     if parsed.standalone:  # as torch's own run() does
         parsed.rdzv_backend, parsed.rdzv_endpoint, parsed.rdzv_id = "c10d", "localhost:0", uuid.uuid4().hex
@@ -68,16 +68,14 @@ def torchrun(arguments: Sequence[str], logs: Path) -> None:
         config, command, words = torch_run.config_from_args(parsed)
         # An empty name is the only way to lines without a prefix.
         config = replace(config, role="", log_line_prefix_template="${role_name}")
+        agent = partial(_Agent, is_host=config.rdzv_configs.get("is_host") == "1")
+        setattr(api, "LocalElasticAgent", agent)  # noqa: B010  # torch has no other way to put one there
         try:
             api.launch_agent(config, command, words)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise StageError(RESUMABLE) from None
-        except StageError:
-            if config.rdzv_configs.get("is_host") == "1":
-                time.sleep(LINGER)  # the store where they read it ends with this process
-            raise
         except RendezvousClosedError:
             _say("error: the other hosts have ended this run; what they print says why")
             raise StageError(1) from None
@@ -93,12 +91,12 @@ def torchrun(arguments: Sequence[str], logs: Path) -> None:
 def _logs(folder: Path) -> Iterator[None]:
     """The folder of all logs; those of ranks that began in this block go after a mistake of the user's."""
     with new_folder(folder):
-        before = set(folder.iterdir())
+        before = {*folder.glob("*")}
         try:
             yield
         except StageError as error:
             if error.status == MISTAKE:
-                for mine in set(folder.iterdir()) - before:
+                for mine in {*folder.glob("*")} - before:  # gone, where two launchers share a host's name
                     shutil.rmtree(mine, ignore_errors=True)
             raise
 
@@ -106,8 +104,14 @@ def _logs(folder: Path) -> Iterator[None]:
 class _Agent(LocalElasticAgent):
     """Says what became of the ranks, and knows what is not worth a second try."""
 
-    _ended = False
-    """Whether other hosts have been seen to end the run."""
+    def __init__(self, *arguments: Any, is_host: bool, **named: Any) -> None:
+        """
+        Args:
+            is_host: whether this is where several hosts meet.
+        """
+        super().__init__(*arguments, **named)
+        self._is_host = is_host
+        self._ended = False  # whether another host has been seen to end the run
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """As torch's; raises StageError where this host was together with others that are lost."""
@@ -123,8 +127,18 @@ class _Agent(LocalElasticAgent):
                 f"error: other hosts are lost ({reason[:200]}); the same command goes on from the newest step"
             )
             raise StageError(RESUMABLE) from None
+        except StageError:
+            self._leave()
+            raise
+        self._leave()
         # None: it waited in vain for a place among --nodes. torch goes on as if it were a result.
         return result or RunResult(WorkerState.SUCCEEDED)
+
+    def _leave(self) -> None:
+        """Let the other hosts know that the run has ended, before the store that they ask ends with it."""
+        if self._is_host:
+            self._worker_group.spec.rdzv_handler.shutdown()
+            time.sleep(LINGER)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
