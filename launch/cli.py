@@ -215,6 +215,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.add_argument(
         "--max-restarts",
         type=int,
+        default=os.environ.get("PET_MAX_RESTARTS"),
         metavar="N",
         help=f"times to start again after a lost rank; default {job.RESTARTS} with several hosts, else 0",
     )

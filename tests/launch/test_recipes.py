@@ -78,11 +78,22 @@ def test_the_pods_run_what_the_command_understands() -> None:
     assert policy["minReplicas"] <= worker["replicas"] <= policy["maxReplicas"]
 
 
+def test_the_image_holds_the_repository_alone() -> None:
+    """A .venv of the host would be taken for the image's own, and data would be sent along."""
+    git, docker = (
+        {line.strip("*/") for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")}
+        for name in (".gitignore", ".dockerignore")
+    )
+    assert docker == {name.removeprefix("*") for name in git}
+
+
 def test_pods_are_told_by_the_operators_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NNODES", "1:2")
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "moleprint-worker-0:29400")
+    monkeypatch.setenv("PET_MAX_RESTARTS", "10")
     options = cli._parse(["launch", str(cli.DEMO)])
     assert (options.nodes, options.rendezvous) == ("1:2", "moleprint-worker-0:29400")
+    assert options.max_restarts == 10
 
 
 def test_torchrun_alone_gets_options_that_it_knows(tmp_path: Path) -> None:
