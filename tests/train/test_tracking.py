@@ -155,6 +155,17 @@ def test_a_run_goes_on_offline_where_wandb_cannot_be_reached(
     assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{tracker.run_id}"))
 
 
+def written(path: Path) -> list[Any]:
+    """The messages of W&B's log, whole: its own process may still be writing when `finish` returns."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = [wandb_internal_pb2.Record.FromString(data) for data in records(path)]
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def records(path: Path) -> Iterator[bytes]:
     """The records of W&B's log: LevelDB's log format, in blocks of 32 KiB, after seven bytes of its own."""
     data, place, parts = path.read_bytes(), 7, b""
@@ -174,9 +185,7 @@ def contents(run: Path) -> dict[str, Any]:
     """What an offline run holds, read back with W&B's own messages."""
     found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "artifacts": {}, "alerts": []}
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
-    for data in records(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in written(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found["run"] = record.run
