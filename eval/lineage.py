@@ -13,6 +13,7 @@ from configs.schema import Experiment
 from shards.describe import DUPLICATES, pairs_said
 from shards.leaks import crossing
 from shards.shardset import SPLITS, ShardSet
+from train import lines
 from train.embeddings import Embeddings
 
 Fact = tuple[str, str]
@@ -88,13 +89,8 @@ def _column(embeddings: Embeddings, name: str) -> list[str | None]:
 def speed_facts(run: Path) -> list[Fact]:
     """Images/s and waiting of training, as it logged them, and the machine."""
     rows = defaultdict(list)
-    log = run / "metrics.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut short by a crash
-        if isinstance(row, dict) and row.get("stage") == "encoder":
+    for row in lines.read(run / lines.FILE):
+        if row["stage"] == "encoder":
             for name in ("images_per_second", "data_wait", "val_seconds"):
                 if isinstance(row.get(name), int | float):
                     rows[name].append(row[name])

@@ -1,7 +1,6 @@
 """The report's pictures: PNGs and SVGs drawn through matplotlib's object interface, in colours that
 colour-blind readers tell apart (Okabe & Ito 2008). No display needed."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from configs.training import Loss
 from eval.metrics import Bools, Bootstrap, Floats, Ints, Ranking, precision_band, reliability, roc_band
 from eval.projection import Plane
+from train import lines
 
 INK, GREY, GRID = "#222222", "#767676", "#e6e6e6"
 BLUE, VERMILLION = "#0072B2", "#D55E00"
@@ -246,14 +246,8 @@ def _curves(path: Path, panels: Sequence[Panel], *, columns: int, size: tuple[fl
 def read_curves(log: Path) -> dict[str, Series]:
     """stage -> name -> [(epoch, value)] of a metrics.jsonl; what a resumed run did again counts once."""
     curves: dict[str, Series] = defaultdict(lambda: defaultdict(list))
-    if not log.exists():
-        return curves
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            stage, at = row["stage"], float(row.get("epoch", row["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut short by a crash, or one that is no figure of an epoch
+    for row in lines.read(log):
+        stage, at = row["stage"], float(row["epoch"] if "epoch" in row else row["step"])
         for name, value in row.items():
             if name in ("stage", "step", "epoch") or not isinstance(value, int | float):
                 continue

@@ -19,6 +19,7 @@ from eval.compare import interval
 from eval.metrics import Bootstrap, Floats, Ints, Ranking, decide
 from shards.files import read_json, write_text
 from shards.shardset import SPLITS, ShardSet
+from train import lines
 from train.classifier import Classifier
 from train.embeddings import Embeddings
 
@@ -181,7 +182,7 @@ def _draw(
     if of["subgroups"]:
         overall = {**of, "positive": int(positives.sum())}
         plots.forest(path("subgroups"), of["subgroups"], overall, "roc_auc")
-    log = experiment.run.folder / "metrics.jsonl"
+    log = experiment.run.folder / lines.FILE
     for name, draw in (("training", plots.training_curves), ("curves", plots.further_curves)):
         if draw(folder / f"{name}.png", log):
             path(name)

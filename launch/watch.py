@@ -4,13 +4,11 @@ It only reads: the run may be on another host whose folder is mounted here, and 
 that are half written, or damaged, are left out; a log that a resumed run has cut is read anew.
 """
 
-import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from configs.errors import UserError
 from train.console import clock
+from train.lines import FILE, Row, parse
 
 INTERVAL = 1.0
 """Seconds between two looks."""
@@ -52,8 +51,6 @@ CURVES: Mapping[str, Sequence[tuple[str, str, str]]] = {
 }
 """Stage: its figures as (name, title, format); those that a run does not log are left out."""
 
-Row = dict[str, Any]
-
 
 class Log:
     """The whole lines of a file that grows, and may be replaced by a shorter one."""
@@ -75,7 +72,7 @@ class Log:
         except FileNotFoundError:
             return
         self._read += len(whole) + len(newline)
-        self.rows += [row for line in whole.splitlines() if (row := _row(line))]
+        self.rows += [row for line in whole.splitlines() if (row := parse(line))]
 
 
 def watch(run: Path, *, once: bool = False, console: Console | None = None) -> None:
@@ -87,7 +84,7 @@ def watch(run: Path, *, once: bool = False, console: Console | None = None) -> N
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; give the run folder (run.folder) of an experiment")
     console = console or Console()
-    log = Log(run / "metrics.jsonl")
+    log = Log(run / FILE)
 
     def look() -> RenderableType:
         log.update()
@@ -132,7 +129,7 @@ def _head(run: Path, stage: str, rows: Sequence[Row], now: float) -> Text:
         return text.append("  finished", style="green")
     if left := next((row["seconds_left"] for row in reversed(rows) if "seconds_left" in row), None):
         text.append(f"  {clock(left)} left at most", style="not bold cyan")
-    quiet = max(0.0, now - last["time"])  # the other host's clock may be ahead
+    quiet = max(0.0, now - last.get("time", now))  # the other host's clock may be ahead
     style = "bold red" if quiet > QUIET else "not bold dim"
     return text.append(f"  last line {clock(quiet)} ago", style=style)
 
@@ -169,13 +166,3 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
-
-
-def _row(line: bytes) -> Row | None:
-    """A line of the log, if it is one."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    known = isinstance(row, dict) and {"stage", "step", "time"} <= row.keys()
-    return row if known else None

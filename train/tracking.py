@@ -24,7 +24,7 @@ from configs.schema import Experiment
 from pipeline.environment import environment
 from shards.files import atomic, read_json, write_json, writing
 from shards.shardset import ShardSet
-from train import artifacts, gallery
+from train import artifacts, gallery, lines
 from train.gallery import Floats, Ints
 from train.signals import StoppedError
 from train.window import PATIENCE, REACHED, Call, Window
@@ -49,7 +49,7 @@ class Tracker:
         self._told: set[str] = set()
         self.run_id: str | None = None
         self._window: Window | None = None
-        self._lines = self._folder / "metrics.jsonl"
+        self._lines = self._folder / lines.FILE
         self._active = rank == 0
         if not self._active:
             return
@@ -182,12 +182,8 @@ def _drop_lines(path: Path, stage: str, after: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        ours = isinstance(row, dict) and {"stage", "step"} <= row.keys() and line.endswith("\n")
-        if ours and (row["stage"] != stage or row["step"] <= after):
+        row = lines.parse(line) if line.endswith("\n") else None
+        if row and (row["stage"] != stage or row["step"] <= after):
             kept.append(line)
     with atomic(path) as file:
         file.write("".join(kept).encode())
