@@ -8,6 +8,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from eval.metrics import Bools, Floats, Ints
+from train.plane import components
 
 MOST = 1000
 """Images on a map, at most."""
@@ -47,9 +48,7 @@ def planes(fitted: NDArray[np.float32], shown: NDArray[np.float32], *, seed: int
 
 
 def _components(fitted: NDArray[np.float32], shown: NDArray[np.float32]) -> Plane:
-    variances, directions = np.linalg.eigh(np.cov(fitted, rowvar=False, dtype=np.float64))  # ascending
-    points = (shown - fitted.mean(axis=0, dtype=np.float64)) @ directions[:, :-3:-1]
-    first, second = variances[:-3:-1] / max(variances.sum(), np.finfo(float).tiny)
+    points, (first, second) = components(fitted, shown)
     return Plane(
         "PCA",
         f"component 1 ({first:.0%} of variance)",

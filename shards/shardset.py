@@ -187,6 +187,13 @@ class ShardSet:
         """(N,) pixels."""
         return self._ints("height")
 
+    def jpeg(self, index: int) -> bytes:
+        """A sample's encoded image as it lies there, unchecked; raises OSError."""
+        with self.paths[self.shard[index]].open("rb") as file:
+            file.seek(int(self.offsets[index]))
+            data: bytes = file.read(int(self.sizes[index]))
+            return data
+
     def split(self, name: str) -> Ints:
         """Indices (n,) of a split's samples, ascending. The fold after the test set is for validation."""
         if name not in SPLITS:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.shardset import ShardSet
+from train.plane import components
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -63,7 +64,7 @@ def triplets(shards: ShardSet, index: Ints, vectors: Floats, count: int) -> list
 def projection(shards: ShardSet, index: Ints, vectors: Floats, count: int) -> dict[str, Any]:
     """A table of samples in the plane, evenly chosen, and its scatter plot."""
     chosen = np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(np.int64))
-    places = plane(vectors)[chosen]
+    places, _ = components(vectors, vectors[chosen])
     rows = [
         [
             str(shards.keys[i]),
@@ -79,24 +80,10 @@ def projection(shards: ShardSet, index: Ints, vectors: Floats, count: int) -> di
     return {"embeddings": table, "projection": plot}
 
 
-def plane(vectors: Floats) -> Floats:
-    """(n, dim) -> (n, 2): the first two principal components."""
-    centred = vectors - vectors.mean(axis=0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    return np.asarray(centred @ axes[:2].T, dtype=np.float32)
-
-
 def side_by_side(shards: ShardSet, indices: Ints) -> Image.Image:
     """Samples of a shard set as they are packed, in a row."""
     row = Image.new("RGB", (SIDE * len(indices), SIDE))
     for place, index in enumerate(indices):
-        with Image.open(io.BytesIO(_bytes(shards, int(index)))) as image:
+        with Image.open(io.BytesIO(shards.jpeg(int(index)))) as image:
             row.paste(image.convert("RGB").resize((SIDE, SIDE)), (SIDE * place, 0))
     return row
-
-
-def _bytes(shards: ShardSet, index: int) -> bytes:
-    with shards.paths[int(shards.shard[index])].open("rb") as file:
-        file.seek(int(shards.offsets[index]))
-        data: bytes = file.read(int(shards.sizes[index]))
-    return data

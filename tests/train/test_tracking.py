@@ -3,27 +3,20 @@
 import gzip
 import json
 import math
-import os
 import socket
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import wandb
-import yaml
-from sklearn.decomposition import PCA
 from wandb.proto import wandb_internal_pb2
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from configs.errors import UserError
-from configs.load import load
 from configs.schema import Experiment, Run, Tracking
 from pipeline.environment import environment
 from shards.shardset import ShardSet
@@ -31,7 +24,6 @@ from train import tracking
 from train import window as tracking_window
 from train.distributed import world
 from train.encoder import run
-from train.gallery import hardest_triplets, plane
 from train.signals import StoppedError
 from train.tracking import Tracker
 from train.window import Window
@@ -353,61 +345,3 @@ def test_an_error_is_an_alert_and_a_stop_is_none(error: Exception, alerts: int, 
     with pytest.raises(type(error)), Tracker(experiment(tmp_path / "run", "offline"), "encoder"):
         raise error
     assert contents(tmp_path / "run")["alerts"] == [("encoder ended", str(error))] * alerts
-
-
-def test_the_hardest_triplets_are_those_of_a_slow_loop() -> None:
-    draw = np.random.default_rng(7)
-    vectors = draw.normal(size=(40, 5)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    labels = draw.integers(0, 3, 40)
-    labels[labels == 2] = np.where(np.arange((labels == 2).sum()) == 0, 2, 1)  # one that has no positive
-    expected = []
-    for a in range(40):
-        apart = np.linalg.norm(vectors - vectors[a], axis=1)
-        same = [i for i in range(40) if labels[i] == labels[a] and i != a]
-        other = [i for i in range(40) if labels[i] != labels[a]]
-        if same:
-            p, n = max(same, key=lambda i: apart[i]), min(other, key=lambda i: apart[i])
-            expected.append((apart[n] - apart[p], (a, p, n)))
-    rows, apart = hardest_triplets(vectors, labels, 6)
-    assert [tuple(row) for row in rows] == [row for _, row in sorted(expected)[:6]]
-    assert np.allclose(apart[:, 1] - apart[:, 0], [gap for gap, _ in sorted(expected)[:6]], atol=1e-5)
-
-
-def test_the_plane_is_that_of_scikit_learn() -> None:
-    vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
-    theirs = PCA(2, svd_solver="full").fit_transform(vectors)
-    assert np.allclose(np.abs(plane(vectors)), np.abs(theirs), atol=1e-4)
-
-
-def test_a_sweep_composes_a_command_that_runs_an_experiment(tmp_path: Path) -> None:
-    """As `wandb agent` does: W&B's own functions fill in the command, and a shell runs it."""
-    sweep = yaml.safe_load((Path(__file__).parents[2] / "configs/sweep.yaml").read_text())
-    chosen = {}
-    for name, how in sweep["parameters"].items():
-        chosen[name] = {"value": how["values"][0] if "values" in how else how["min"]}
-    filled = create_sweep_command_args({"args": chosen})
-    command: list[str] = []
-    for word in create_sweep_command(sweep["command"]):
-        command += filled[word[2:-1]] if word.startswith("${") else [word]
-    stand_in = tmp_path / "moleprint"
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    stand_in.chmod(0o755)
-    environ = {**os.environ, "WANDB_RUN_ID": "trial7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-    verb, config, *overrides = done.stdout.splitlines()
-    assert (verb, overrides[0]) == ("run", "run.folder=runs/sweep/trial7")
-    loaded = load(Path(__file__).parents[2] / config, overrides)
-    assert (loaded.train.lr, loaded.loss.mining, loaded.loss.margin) == (1e-4, "semi_hard", 0.1)
-    assert sweep["metric"]["name"] == "encoder/val_roc_auc"  # what test_what_an_offline_run_holds finds
-
-
-def test_a_trial_of_a_sweep_is_the_agents_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
-    wandb.teardown()
-    with Tracker(experiment(tmp_path / "run", "offline"), "encoder") as tracker:
-        assert tracker.run_id == "trial7"
-    monkeypatch.delenv("WANDB_RUN_ID")
-    wandb.teardown()
-    with Tracker(experiment(tmp_path / "run", "offline"), "classifier") as tracker:
-        assert tracker.run_id == "trial7"
