@@ -85,11 +85,8 @@ def pack(call: Call) -> None:
 
     part, settings = cluster.part(), call.experiment.pack
     settings = settings.model_copy(update={"workers": settings.workers or cluster.cores()})
-    already = _packed(call)
     made = make(settings, part=part)
     if not part.rank:
-        if already:
-            print("packed already, by these settings; nothing was done")
         print("\n".join(said(made, settings.output)))
 
 

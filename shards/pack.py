@@ -6,6 +6,7 @@ piece in the work folder, where the same command finds it after any interruption
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,13 +51,16 @@ def pack(settings: Pack, *, part: Part = ALONE, progress: bool = True) -> dict[s
             next try.
     """
     output = Output.of(settings)
-    with writing(Path(output.place)):
+    with writing(output.work if output.url else Path(output.place)):
         if not output.packed():
             output.refuse_existing()
     with output.working(part, fingerprint(settings)), Crew(settings.workers) as crew:
         if output.packed():
-            check_made_by(output.manifest(), settings, output.place)
-            return output.manifest()
+            made = output.manifest()
+            check_made_by(made, settings, output.place)
+            if progress and part.alone:
+                print("packed already, by these settings; nothing is left to do", file=sys.stderr)
+            return made
         passes = Passes(settings, output, part, crew, progress)
         passes.start()
         fetched = passes.fetch()

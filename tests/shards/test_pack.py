@@ -307,9 +307,12 @@ BAD: list[tuple[Spoil, list[str]]] = [
 ]
 
 
-def test_the_same_command_again_leaves_a_whole_set_as_it_is(tiny_pack: Pack, tiny_shards: ShardSet) -> None:
+def test_the_same_command_again_leaves_a_whole_set_as_it_is(
+    tiny_pack: Pack, tiny_shards: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_shards.folder.iterdir()}
-    assert pack(tiny_pack, progress=False) == tiny_shards.manifest
+    assert pack(tiny_pack) == tiny_shards.manifest
+    assert capsys.readouterr().err.startswith("packed already, by these settings")
     assert {path: path.stat().st_mtime_ns for path in tiny_shards.folder.iterdir()} == before
     with pytest.raises(UserError, match=r"was packed with other settings: pack\.seed is 77"):
         pack(tiny_pack.model_copy(update={"seed": 77}), progress=False)
