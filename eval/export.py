@@ -2,7 +2,7 @@
 
     bundle/  model.onnx | model.pt2 | model.safetensors     pixels -> probabilities, embeddings
              bundle.json    classes, threshold, how images are prepared, checks, sums
-             prepare.py     an image file -> pixels, by Pillow alone
+             prepare.py     an image file -> pixels, by NumPy, Pillow and simplejpeg
              predict.py     image files -> probabilities, an example that runs as it is
              README.md
 
