@@ -144,6 +144,7 @@ class Trainer:
         self.guard = Guard(self.bare, device=self.world.device, **limits)
         if "guard" in state:
             self.guard.load(state["guard"])
+        self.skipped = self.guard.check()  # of which the process before has told
         self.average = Average(self.encoder, self.settings.ema) if self.settings.ema else None
         if self.average and state.get("ema"):
             self.average.load(state["ema"])
@@ -334,8 +335,8 @@ class Trainer:
         """Log the steps since the last line; here alone the host waits for the device."""
         self.saver.look()
         figures, skipped = self.meter.read(), self.guard.check()
-        if skipped:
-            self.tracker.alert(self.progress.step, "not finite", f"{skipped} steps so far, skipped; {REMEDY}")
+        if skipped > self.skipped:
+            self.tracker.alert(self.progress.step, "not finite", f"steps skipped so far: {skipped}; {REMEDY}")
         figures |= {
             "epoch": self.progress.step / self.steps,
             "lr": learning_rate(self.settings, self.progress.step - 1, self.steps),

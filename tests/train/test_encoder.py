@@ -95,7 +95,9 @@ def test_the_log_says_what_is_worth_watching(trained: Path) -> None:
     assert [row["lr"] for row in steps] == [learning_rate(Train(epochs=2), step, 4) for step in range(8)]
 
 
-def test_bad_steps_are_skipped_and_then_end_the_run(tiny_experiment: Any, tmp_path: Path) -> None:
+def test_bad_steps_are_skipped_and_then_end_the_run(
+    tiny_experiment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = encoder.Trainer.train_step
 
     def poisoned(trainer: encoder.Trainer, batch: Any) -> Any:
@@ -117,6 +119,9 @@ def test_bad_steps_are_skipped_and_then_end_the_run(tiny_experiment: Any, tmp_pa
     assert rows[4]["val_roc_auc"] > 0 and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
     kept = sorted(path.stem for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (1, 3, 4)]  # none from after a bad step
+    assert "warning: step 2: not finite: steps skipped so far: 1" in capsys.readouterr().err
+    encoder.run(experiment, World())  # it goes on, and does not tell again of what it has told
+    assert "not finite" not in capsys.readouterr().err
 
 
 def test_damage_is_counted_over_all_ranks(tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
