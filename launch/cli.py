@@ -4,17 +4,15 @@ moleprint VERB CONFIG [section.key=value …]
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from configs.errors import StageError, UserError
 from configs.help import describe
 from configs.schema import Experiment
-from launch import job, stages
+from launch import job, stages, verbs
 
 # Stage verb: (its function, the sections it reads, what it does).
 STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str]] = {
@@ -38,7 +36,6 @@ STAGE_VERBS: dict[str, tuple[Callable[[stages.Call], None], tuple[str, ...], str
     "evaluate": (stages.evaluate, ("pack", "evaluate", "tracking", "run"), "write the report"),
     "run": (stages.run_all, tuple(Experiment.model_fields), "all stages, skipping what is finished"),
 }
-NOT_A_DEVICE = "Research software, not a medical device: no diagnosis may rest on it."
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
@@ -81,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "moleprint", description="From a table of dermoscopy photographs to a report. Not a medical device."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(
         name: str, text: str, sections: Sequence[str] = (), epilog: str | None = None
     ) -> argparse.ArgumentParser:
         fields = f"fields (section.key=value):\n\n{describe(sections)}" if sections else epilog
-        return verbs.add_parser(
+        return subparsers.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
@@ -112,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("verify", "prove from the shards alone that a set is whole and does not leak")
     verb.add_argument("folder", metavar="FOLDER", help="shard set")
     verb.add_argument("--quick", action="store_true", help="skip decoding every image")
-    verb.set_defaults(action=_verify)
+    verb.set_defaults(action=verbs.verify)
 
     verb = add("predict", "probability, verdict and nearest known lesions of images", epilog=PREDICT)
     verb.add_argument(
@@ -125,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--images", dest="place", metavar="PLACE", help="where the ids of a table are sought")
     verb.add_argument("--heatmap", type=Path, metavar="FOLDER", help="write a Grad-CAM picture of each image")
-    verb.set_defaults(action=_predict)
+    verb.set_defaults(action=verbs.predict)
 
     verb = add("export", "a bundle of encoder, classifier and calibration that runs without moleprint")
     verb.add_argument(
@@ -140,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="real images to check it on, as for predict; those of the run's shard set if not given",
     )
-    verb.set_defaults(action=_export)
+    verb.set_defaults(action=verbs.export)
 
     verb = add("compare", "two runs, or two recipes of several, on their test set: paired bootstrap, DeLong")
     verb.add_argument(
@@ -154,12 +151,12 @@ def _parser() -> argparse.ArgumentParser:
         help="runs of the other recipe, such as its seeds; if not given, the second RUN is the other",
     )
     verb.add_argument("--json", type=Path, metavar="FILE", help="all figures, for machines")
-    verb.set_defaults(action=_compare)
+    verb.set_defaults(action=verbs.compare)
 
     verb = add("watch", "a live view of a run folder in the terminal, also of a run on another host")
     verb.add_argument("run", type=Path, metavar="RUN", help="run folder; its metrics.jsonl is read")
     verb.add_argument("--once", action="store_true", help="show it once and end")
-    verb.set_defaults(action=_watch)
+    verb.set_defaults(action=verbs.watch)
 
     verb = add("doctor", "check this machine, with a remedy for what is amiss; status 1 if it cannot run")
     verb.add_argument(
@@ -167,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
     verb.add_argument("--json", action="store_true", help="print what was found for machines")
-    verb.set_defaults(action=_doctor)
+    verb.set_defaults(action=verbs.doctor)
 
     verb = add("inspect", "show what a shard set holds: a table, and a contact sheet of its images")
     verb.add_argument("set", type=Path, metavar="SET", help="shard set, or a configuration that names one")
@@ -176,9 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         "--augmented", action="store_true", help="show training images beside their augmented versions"
     )
     verb.add_argument("--sheet", type=Path, metavar="FILE", help="PNG to write; SET.png if not given")
-    verb.set_defaults(action=_inspect)
+    verb.set_defaults(action=verbs.inspect)
 
-    _add_bench(verbs.add_parser("bench", help="measure, with peers in the same run", description=BENCH))
+    _add_bench(subparsers.add_parser("bench", help="measure, with peers in the same run", description=BENCH))
     return parser
 
 
@@ -224,7 +221,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
         "--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch: --sbatch=--partition=gpu"
     )
     launch.add_argument("--dry-run", action="store_true", help="show the call, and make none")
-    launch.set_defaults(action=_launch)
+    launch.set_defaults(action=verbs.launch)
 
 
 BENCH = "Measure, with peers in the same run on the same images."
@@ -248,163 +245,20 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         return subject
 
     text = "images/s, CPU time and memory of the loader beside PyTorch's, webdataset's and DALI's own"
-    loader = add("loader", text, ("pack", "loader", "train"), _bench_loader)
+    loader = add("loader", text, ("pack", "loader", "train"), verbs.bench_loader)
     text = "share of a training step spent waiting for data, beside the step on a resident batch"
-    step = add("step", text, ("pack", "loader", "model", "loss", "train"), _bench_step)
+    step = add("step", text, ("pack", "loader", "model", "loss", "train"), verbs.bench_step)
     text = "images/s of a training step beside a plain PyTorch script"
-    training = add("train", text, ("pack", "loader", "model", "loss", "train"), _bench_train)
+    training = add("train", text, ("pack", "loader", "model", "loss", "train"), verbs.bench_train)
 
     shards = subjects.add_parser("shards", help="images/s of packing beside ShardWriter, tar and Pillow")
     shards.add_argument(
         "--images", type=int, default=12000, metavar="N", help="images that are made up for it; default 12000"
     )
-    shards.set_defaults(action=_bench_shards)
+    shards.set_defaults(action=verbs.bench_shards)
 
     for subject in (loader, step, shards, training):
         subject.add_argument("--json", type=Path, metavar="FILE", help="rows and environment, for machines")
-
-
-def _launch(options: argparse.Namespace) -> None:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a host that ends before another is no news
-    asked = replace(
-        stages.Call.of(options.config, options.overrides).job(options.stage),
-        gpus=options.gpus,
-        nodes=options.nodes,
-        rendezvous=options.rendezvous,
-        restarts=options.max_restarts,
-    )
-    if options.sbatch and not options.slurm:
-        raise UserError(f"--sbatch={options.sbatch[0]}: is for a job of SLURM; add --slurm, or leave it out")
-    if options.slurm:
-        asked.sbatch(options.sbatch, dry=options.dry_run)
-    else:
-        asked.run(show=True, dry=options.dry_run)
-
-
-def _verify(options: argparse.Namespace) -> None:
-    from shards.verify import verify
-
-    print("\n".join(verify(options.folder, quick=options.quick)))
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from eval.inputs import listing
-    from eval.predict import Predictor
-    from eval.predictions import check_output, format_of, write
-
-    check_output(options.output)
-    predictor = Predictor(options.run)
-    images = listing(options.images, images=options.place, id_columns=predictor.id_columns)
-    # A bar would be drawn across rows that are printed.
-    progress = bool(options.output) or not sys.stdout.isatty()
-    outcome = write(
-        predictor.predict(images, heatmaps=options.heatmap, progress=progress),
-        predictor.classes,
-        options.output,
-        format_of(options.output, options.format),
-        threshold=predictor.threshold,
-        limit=predictor.known.limit,
-    )
-    for line in (*outcome.said(), *predictor.remarks, NOT_A_DEVICE):
-        print(line, file=sys.stderr)
-    sys.exit(1 if outcome.failed else 0)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from eval.export import export, said
-
-    found = export(options.run, options.format, options.output, images=options.images)
-    print(f"bundle: {options.output}\n{said(found)}")
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from eval.compare import compare, said
-    from shards.files import write_json
-
-    first, second = options.runs, options.against
-    if not second:
-        if len(first) != 2:
-            raise UserError(f"{len(first)} runs: give two, or those of the other recipe after --against")
-        first, second = first[:1], first[1:]
-    results = compare(first, second)
-    if options.json:
-        write_json(options.json, results)
-    print("\n".join(said(results)))
-
-
-def _watch(options: argparse.Namespace) -> None:
-    from launch.watch import watch
-
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        watch(options.run, once=options.once)
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from launch.doctor import examine
-
-    folders: list[Path] = []
-    if options.config:
-        experiment = stages.Call.of(options.config, options.overrides).experiment
-        places = (str(experiment.pack.output), str(experiment.run.folder))
-        folders = [Path(place) for place in places if "://" not in place]
-    sys.exit(examine(folders, as_json=options.json))
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from shards.facts import describe
-    from shards.shardset import ShardSet
-    from shards.sheet import contact_sheet
-
-    folder: Path | str = options.set
-    if options.set.is_file() or options.overrides:
-        experiment = stages.Call.of(options.set, options.overrides).experiment
-        folder = experiment.pack.output
-        if options.augmented:
-            _inspect_augmented(experiment, options.sheet)
-            return
-    if options.augmented:
-        raise UserError(f"{folder}: --augmented needs a configuration, which says how; give its YAML file")
-    shards = ShardSet.open(folder)
-    sheet = options.sheet or shards.folder.with_name(f"{shards.folder.name}.png")
-    print("\n".join(describe(shards)))
-    contact_sheet(shards, sheet)
-    print(f"contact sheet: {sheet}")
-
-
-def _inspect_augmented(experiment: Experiment, sheet: Path | None) -> None:
-    from pipeline.augmented import augmented_sheet, strengths
-    from shards.shardset import ShardSet
-
-    shards = ShardSet.of(experiment)
-    sheet = sheet or shards.folder.with_name(f"{shards.folder.name}-augmented.png")
-    print(strengths(experiment.loader.augment))
-    augmented_sheet(shards, experiment.loader, sheet, seed=experiment.train.seed)
-    print(f"contact sheet: {sheet}")
-
-
-def _bench_loader(options: argparse.Namespace) -> None:
-    from pipeline.benchmark import bench
-
-    bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
-
-
-def _bench_step(options: argparse.Namespace) -> None:
-    from train.benchmark import bench
-
-    bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
-
-
-def _bench_train(options: argparse.Namespace) -> None:
-    from train.throughput import bench
-
-    bench(stages.Call.of(options.config, options.overrides).experiment, options.json)
-
-
-def _bench_shards(options: argparse.Namespace) -> None:
-    from pipeline.environment import environment
-    from shards.benchmark import bench
-
-    bench(options.images, options.json, environment())
 
 
 if __name__ == "__main__":
