@@ -1,12 +1,23 @@
 """Fields of the sections `model`, `loss` and `train`: the encoder and how it learns."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from configs.fields import Count, CountOrAuto, NonNegative, Part, Positive, Section, Seed
 
 Mining = Literal["random", "all", "semi_hard", "batch_hard", "patient_hard"]
+
+
+def _in_one_line(value: Any, margin: ValidatorFunctionWrapHandler) -> Any:
+    """A margin; what is none is one mistake, not one for each thing that it could have been."""
+    try:
+        return margin(value)
+    except ValidationError:
+        raise ValueError(f"a number above 0 or soft was expected, found {value!r}") from None
+
+
+Margin = Annotated[Positive | Literal["soft"], WrapValidator(_in_one_line)]
 
 
 class Model(Section):
@@ -39,9 +50,9 @@ class Model(Section):
 class Loss(Section):
     """What the encoder minimises: a sum of losses, each times its weight, zero leaving it out."""
 
-    triplet: NonNegative = 1.0
+    triplet: NonNegative = 0.5
     """Weight of the triplet loss."""
-    mining: Mining = "semi_hard"
+    mining: Mining = "all"
     """The triplets of each anchor, sought in the global batch over all ranks: one at `random`; `all`, those
     without a loss not counted; for every positive the nearest negative beyond it (`semi_hard`, FaceNet); the
     farthest positive with the nearest negative (`batch_hard`); or with the nearest one of the anchor's own
@@ -49,10 +60,9 @@ class Loss(Section):
     schedule: dict[Mining, Part] = Field(default_factory=dict)
     """Minings that take over from `mining` after a share of `train.epochs`, from easy to hard, such as
     {semi_hard: 0.1, batch_hard: 0.5}; none: `mining` all along."""
-    margin: Positive = 0.2
-    """Margin of the triplet loss, in `distance` (0..2)."""
-    soft_margin: bool = False
-    """Softplus in place of the triplet loss's hinge and margin (Hermans 2017)."""
+    margin: Margin = "soft"
+    """Margin of the triplet loss's hinge, in `distance` (0..2); `soft`: log(1 + exp(d⁺ − d⁻)) in place of a
+    hinge (Hermans 2017), while validation's triplet loss is a hinge with 0.2 (FaceNet's)."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     """Of unit vectors, for `triplet` and `contrastive`; `cosine` is 1 − cos."""
     contrastive: NonNegative = 0.0

@@ -86,7 +86,7 @@ def collapse(figures: dict[str, float], settings: Settings) -> tuple[str, str] |
         return "collapse", text
     if settings.triplet:
         gap = figures["distance_negative"] - figures["distance_positive"]
-        if abs(gap) < (0.01 if settings.soft_margin else 0.1 * settings.margin):
+        if abs(gap) < (0.01 if settings.margin == "soft" else 0.1 * settings.margin):
             text = (
                 f"negatives are as near as positives (by {gap:.3f}), so that triplets teach nothing; choose "
                 "a harder loss.mining such as semi_hard, or raise loss.classification"

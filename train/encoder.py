@@ -258,11 +258,12 @@ class Trainer:
             centroids = Centroids.of(known.vectors, known.labels, len(self.shards.classes))
         score = centroids.score(held.vectors, positive)
         figures = {"roc_auc": float(roc_auc_score(held.labels == positive, score))}
+        margin = self.experiment.loss.margin
         figures |= validation.figures(
             held,
             known,
             positive=positive,
-            margin=self.experiment.loss.margin,
+            margin=validation.MARGIN if margin == "soft" else margin,
             world=self.world,
         )
         figures = broadcast(figures)

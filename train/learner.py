@@ -136,7 +136,7 @@ class Learner(nn.Module):
         pairs = Pairs.of(labels, groups)
         d_bb = distances(metric, settings.distance) if settings.triplet or settings.contrastive else None
         if d_bb is not None and settings.triplet:
-            margin = None if settings.soft_margin else settings.margin
+            margin = None if settings.margin == "soft" else settings.margin
             mined = triplet(d_bb, pairs, mining=mining, margin=margin, uniform_b2=uniform)
             losses["triplet"] = mined.loss
             figures = {

@@ -121,7 +121,7 @@ def _plain_script(experiment: Experiment, shards: ShardSet, device: torch.device
     encoder = backbones.create(name, size)
     backbones.project(encoder, backbones.classifier(name, encoder), experiment.model)
     encoder.to(device).train()
-    criterion = nn.TripletMarginLoss(margin=experiment.loss.margin)
+    criterion = nn.TripletMarginLoss(margin=1.0)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-4)
     draw = np.random.default_rng(0)
     workers = len(os.sched_getaffinity(0))

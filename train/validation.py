@@ -17,6 +17,7 @@ from train.distributed import World, sum_over_ranks
 from train.precision import exact_products
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted kNN of Wu 2018 (arXiv 1805.01978), as DINO evaluates by
+MARGIN = 0.2  # of the triplet loss's hinge, where training's is soft
 PROBE_C = 0.1  # inverse strength of the probe's L2 penalty, on standardised embeddings
 
 

@@ -81,12 +81,13 @@ HEALTHY = {"epoch": 1.5, "spread": 0.6, "distance_positive": 0.4, "distance_nega
         ({}, {}, None),
         ({"spread": 0.04}, {}, "collapse"),
         ({"spread": 0.04, "epoch": 0.9}, {}, None),
-        ({"distance_negative": 0.41}, {}, "stuck at the margin"),
-        ({"distance_negative": 0.41, "epoch": 0.9}, {}, None),
-        ({"distance_negative": 0.41}, {"triplet": 0}, None),
-        ({"distance_negative": 0.45}, {}, None),
+        ({"distance_negative": 0.405}, {}, "stuck at the margin"),
+        ({"distance_negative": 0.41}, {"margin": 0.2}, "stuck at the margin"),
+        ({"distance_negative": 0.405, "epoch": 0.9}, {}, None),
+        ({"distance_negative": 0.405}, {"triplet": 0}, None),
+        ({"distance_negative": 0.41}, {}, None),
+        ({"distance_negative": 0.45}, {"margin": 0.2}, None),
         ({"distance_negative": 0.45}, {"margin": 1}, "stuck at the margin"),
-        ({"distance_negative": 0.405}, {"soft_margin": True}, "stuck at the margin"),
         ({"distance_negative": 0.3}, {"mining": "batch_hard"}, None),  # whose triplets are in the wrong order
     ],
 )

@@ -48,10 +48,10 @@ BATCH, DIM = 16, 6
 ALONE = {"triplet": 0, "classification": 0}
 OBJECTIVES = {
     **{name: Loss(mining=name, margin=0.3, classification=0) for name in ("all", *MININGS)},
-    "soft": Loss(mining="all", soft_margin=True, classification=0),
-    "cosine": Loss(mining="semi_hard", distance="cosine", classification=0),
+    "soft": Loss(mining="all", margin="soft", classification=0),
+    "cosine": Loss(mining="semi_hard", margin=0.2, distance="cosine", classification=0),
     **{name: Loss(**ALONE | {name: 1}) for name in ("contrastive", "supcon", "arcface", "classification")},
-    "sum": Loss(triplet=0.5, contrastive=0.25, supcon=2, arcface=0.125, classification=3),
+    "sum": Loss(mining="semi_hard", margin=0.2, contrastive=0.25, supcon=2, arcface=0.125, classification=3),
 }
 STEPS = {name: (settings, 0, False) for name, settings in OBJECTIVES.items()}
 STEPS |= {f"sum, {n} at a time": (OBJECTIVES["sum"], n, False) for n in (1, 2)}

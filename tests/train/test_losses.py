@@ -233,14 +233,14 @@ def test_random_mining_reaches_every_positive_and_negative() -> None:
 
 
 OBJECTIVES = {
-    **{name: Loss(mining=name, classification=0) for name in ALL},  # type: ignore[arg-type]
-    "soft": Loss(mining="all", soft_margin=True, classification=0),
-    "cosine": Loss(mining="semi_hard", distance="cosine", classification=0),
+    **{name: Loss(mining=name, margin=0.2, classification=0) for name in ALL},  # type: ignore[arg-type]
+    "soft": Loss(mining="all", margin="soft", classification=0),
+    "cosine": Loss(mining="semi_hard", margin=0.2, distance="cosine", classification=0),
     "contrastive": Loss(triplet=0, contrastive=1, classification=0),
     "supcon": Loss(triplet=0, supcon=1, classification=0),
     "arcface": Loss(triplet=0, arcface=1, classification=0),
     "classification": Loss(triplet=0),
-    "sum": Loss(triplet=0.5, contrastive=0.25, supcon=2, arcface=0.125, classification=3),
+    "sum": Loss(mining="semi_hard", margin=0.2, contrastive=0.25, supcon=2, arcface=0.125, classification=3),
 }
 
 

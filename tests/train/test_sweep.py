@@ -32,7 +32,7 @@ def test_a_sweep_composes_a_command_that_runs_an_experiment(tmp_path: Path) -> N
     verb, config, *overrides = done.stdout.splitlines()
     assert (verb, overrides[0]) == ("run", "run.folder=runs/sweep/trial7")
     loaded = load(Path(__file__).parents[2] / config, overrides)
-    assert (loaded.train.lr, loaded.loss.mining, loaded.loss.margin) == (1e-4, "semi_hard", 0.1)
+    assert (loaded.train.lr, loaded.loss.mining, loaded.loss.margin) == (1e-4, "all", "soft")
     assert sweep["metric"]["name"] == "encoder/val_roc_auc"  # what test_what_an_offline_run_holds finds
 
 
