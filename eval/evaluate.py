@@ -22,6 +22,12 @@ from shards.shardset import SPLITS
 from train.classifier import Classifier, load
 from train.embeddings import Embeddings, embeddings_path, read_embeddings
 
+AVERAGES = {
+    "macro average": ("macro_precision", "balanced_accuracy", "macro_f1"),
+    "weighted average": ("weighted_precision", "accuracy", "weighted_f1"),
+}
+"""Rows of the classification report below those of the classes."""
+
 
 class Figures(Protocol):
     """Where the report's figures go besides the run folder; `train.tracking.Tracker` is one."""
@@ -122,17 +128,19 @@ def headline(results: dict[str, Any]) -> str:
             lines.append(f"  {'first':<12} {interval(duckling, 'top_1'):<21}  {remark}")
 
     width = max(12, *(len(name) + 2 for name in classes))
-    head = max(len(name) for name in (*classes, "true / called")) + 2
+    head = max(len(name) for name in (*classes, "true / called", *AVERAGES)) + 2
     lines += ["", f"  {'true / called':<{head}}" + "".join(f"{name:>{width}}" for name in classes)]
     for name, row in zip(classes, test["confusion_matrix"], strict=True):
         lines.append(f"  {name:<{head}}" + "".join(f"{count:>{width},}" for count in row))
 
     columns = ("precision", "recall", "f1")
     lines += ["", f"  {'':<{head}}" + "".join(f"{column:>12}" for column in (*columns, "images"))]
-    for name in classes:
-        values = (test.get(f"{column}.{name}", {}).get("value") for column in columns)
+    rows = {name: tuple(f"{column}.{name}" for column in columns) for name in classes}
+    counts = {**test["class_counts"], **dict.fromkeys(AVERAGES, test["images"])}
+    for name, figures in (rows | AVERAGES).items():
+        values = (test.get(figure, {}).get("value") for figure in figures)
         cells = "".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in values)
-        lines.append(f"  {name:<{head}}{cells}{test['class_counts'][name]:>12,}")
+        lines.append(f"  {name:<{head}}{cells}{counts[name]:>12,}")
     return "\n".join([*lines, "", *_beside(results)])
 
 

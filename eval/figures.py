@@ -203,7 +203,11 @@ class Detection:
 
 
 class Calls:
-    """The figures of the called classes: accuracy, and precision, recall and F1 of each class."""
+    """The figures of the called classes: accuracy; precision, recall and F1 of each class, and their means.
+
+    As in scikit-learn's classification report, a `macro` mean is that over classes (of recall:
+    `balanced_accuracy`), a `weighted` one that over images by their class (of recall: `accuracy`).
+    """
 
     def __init__(self, called: Ints, labels: Ints, groups: Ints, classes: Sequence[str]) -> None:
         """called, labels: (n,) class indices; groups: (n,) codes from 0."""
@@ -219,7 +223,10 @@ class Calls:
         values = {
             "accuracy": ratio(right.sum(axis=1), true.sum(axis=1)),
             "balanced_accuracy": recall.mean(axis=1),
+            "macro_precision": precision.mean(axis=1),
             "macro_f1": f1.mean(axis=1),
+            "weighted_precision": ratio((true * precision).sum(axis=1), true.sum(axis=1)),
+            "weighted_f1": ratio((true * f1).sum(axis=1), true.sum(axis=1)),
         }
         for i, name in enumerate(self._classes):
             values |= {f"precision.{name}": precision[:, i], f"recall.{name}": recall[:, i]}
@@ -237,7 +244,9 @@ class Calls:
             ]
             for what, has in (("of", true), ("called", called), ("of or called", true | called))
         )
-        needs: dict[str, list[Need]] = {"accuracy": [], "balanced_accuracy": of, "macro_f1": either}
+        needs: dict[str, list[Need]] = {"accuracy": [], "balanced_accuracy": of}
+        needs |= {f"{mean}_precision": calls for mean in ("macro", "weighted")}
+        needs |= {f"{mean}_f1": either for mean in ("macro", "weighted")}
         for i, name in enumerate(self._classes):
             needs |= {f"precision.{name}": [calls[i]], f"recall.{name}": [of[i]], f"f1.{name}": [either[i]]}
         return needs

@@ -166,7 +166,12 @@ def test_several_classes_have_their_own_and_mean_areas():
     called = np.where(
         probabilities[:, 2] >= 0.3, 2, np.array([0, 1, 3])[np.delete(probabilities, 2, 1).argmax(1)]
     )
-    assert found["macro_f1"]["value"] == pytest.approx(oracle.f1_score(labels, called, average="macro"))
+    report = oracle.classification_report(labels, called, output_dict=True)
+    of = {"macro": ("macro_precision", "balanced_accuracy", "macro_f1")}
+    of["weighted"] = ("weighted_precision", "accuracy", "weighted_f1")
+    for mean, columns in of.items():
+        expected = [report[f"{mean} avg"][column] for column in ("precision", "recall", "f1-score")]
+        assert [found[column]["value"] for column in columns] == pytest.approx(expected)
 
 
 def test_patients_are_judged_by_their_worst_image():
@@ -234,6 +239,34 @@ def test_delong_of_the_ct_images_of_hanley_and_mcneil():
     assert round(found["roc_auc"][0], 4) == 0.8932 and round(found["se"][0], 4) == 0.0307
     low, high = (found["roc_auc"][0] + sign * 1.959964 * found["se"][0] for sign in (-1, 1))
     assert (round(low, 4), round(high, 4)) == (0.8330, 0.9534)
+
+
+OVARIAN = """
+3.0 5.8 10 0  3.2 6.3 5 1  3.9 6.8 3 1  2.8 4.8 6 0  3.2 5.8 3 1  0.9 4.0 5 0  2.5 5.7 8 0  1.6 5.6 5 1
+3.8 5.7  5 1  3.7 6.7 6 1  3.2 5.4 4 1  3.8 6.6 6 1  4.1 6.6 5 1  3.6 5.7 5 1  4.3 7.0 4 1  3.6 6.7 4 0
+2.3 4.4  6 1  4.2 7.6 4 0  4.0 6.6 6 0  3.5 5.8 6 1  3.8 6.8 7 1  3.0 4.7 8 0  4.5 7.4 5 1  3.7 7.4 5 1
+3.1 6.6  6 1  4.1 8.2 6 1  4.3 7.0 5 1  4.3 6.5 4 1  3.2 5.1 5 1  2.6 4.7 6 1  3.3 6.8 6 0  1.7 4.0 7 0
+3.7 6.1  5 1  3.3 6.3 7 1  4.2 7.7 6 1  3.5 6.2 5 1  2.9 5.7 9 0  2.1 4.8 7 1  2.8 6.2 8 0  4.0 7.0 7 1
+3.3 5.7  6 1  3.7 6.9 5 1  3.6 6.6 5 1"""
+"""Albumin, total protein, K-G score and outcome of 43 patients (DeLong 1988)."""
+
+
+@pytest.mark.parametrize(
+    ("column", "area", "error", "apart", "p"),
+    [
+        (0, 0.7366, 0.0927, (0.0108, -0.1761, 0.1976), 0.9102),
+        (1, 0.6478, 0.1000, (-0.0780, -0.2830, 0.1271), 0.4561),
+    ],
+)
+def test_delong_of_the_patients_of_delong(column, area, error, apart, p):
+    """Against the K-G score, as SAS has it: PROC LOGISTIC's "Comparing Receiver Operating Characteristic
+    Curves"."""
+    table = np.array(OVARIAN.split(), dtype=float).reshape(-1, 4)
+    found = delong(table[:, column], 10 - table[:, 2], table[:, 3] == 1)
+    assert [round(value, 4) for value in found["roc_auc"]] == [area, 0.7258]
+    assert [round(value, 4) for value in found["se"]] == [error, 0.1028]
+    assert tuple(round(found["difference"][end], 4) for end in ("value", "low", "high")) == apart
+    assert round(found["p"], 4) == p
 
 
 def test_the_difference_is_drawn_in_pairs():
