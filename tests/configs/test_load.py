@@ -34,7 +34,7 @@ def lines(loading: Any, text: str, *overrides: str) -> list[str]:
 def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None:
     text = "train:\n  lr: 1e-4\n  lr: 2e-4\n  epocs: 3\nloader:\n  size: big\n  size: wide\nlos: {}\n"
     found = lines(
-        written, text, "loss.margin=-1", "bogus", "train.keep=1.5", "train.lr.x=3", "model.bakbone=x"
+        written, text, "train.momentum=-1", "bogus", "train.keep=1.5", "train.lr.x=3", "model.bakbone=x"
     )
     file = tmp_path / "x.yaml"
     assert sorted(found) == sorted(
@@ -44,7 +44,7 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
             f'{file}: loader.size: input should be a valid integer, found "wide"',
             f"{file}: unknown key train.epocs; did you mean train.epochs?",
             f"{file}: unknown key los; did you mean loss?",
-            "command line: loss.margin: input should be greater than 0, found -1",
+            "command line: train.momentum: input should be greater than or equal to 0, found -1",
             "command line: train.keep: input should be a valid integer, found 1.5",
             "command line: unknown key model.bakbone; did you mean model.backbone?",
             "'bogus': expected section.key=value, such as train.epochs=30",

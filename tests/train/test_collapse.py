@@ -85,7 +85,7 @@ HEALTHY = {"epoch": 1.5, "spread": 0.6, "distance_positive": 0.4, "distance_nega
         ({"distance_negative": 0.41}, {"margin": 0.2}, "stuck at the margin"),
         ({"distance_negative": 0.405, "epoch": 0.9}, {}, None),
         ({"distance_negative": 0.405}, {"triplet": 0}, None),
-        ({"distance_negative": 0.41}, {}, None),
+        ({"distance_negative": 0.42}, {}, None),
         ({"distance_negative": 0.45}, {"margin": 0.2}, None),
         ({"distance_negative": 0.45}, {"margin": 1}, "stuck at the margin"),
         ({"distance_negative": 0.3}, {"mining": "batch_hard"}, None),  # whose triplets are in the wrong order

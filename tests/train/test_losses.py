@@ -233,7 +233,7 @@ def test_random_mining_reaches_every_positive_and_negative() -> None:
 
 
 OBJECTIVES = {
-    **{name: Loss(mining=name, margin=0.2, classification=0) for name in ALL},  # type: ignore[arg-type]
+    **{name: Loss(triplet=1, mining=name, margin=0.2, classification=0) for name in ALL},  # type: ignore[arg-type]
     "soft": Loss(mining="all", margin="soft", classification=0),
     "cosine": Loss(mining="semi_hard", margin=0.2, distance="cosine", classification=0),
     "contrastive": Loss(triplet=0, contrastive=1, classification=0),

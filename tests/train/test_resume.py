@@ -164,7 +164,7 @@ def test_another_configuration_is_refused_by_its_keys(tiny_experiment: Any, tmp_
     train_until(4, tiny_experiment(folder))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(
-        UserError, match=r"  loss\.margin: 0\.2 → 0\.3\n  train\.lr: 0\.0003 → 0\.0001\nchoose"
+        UserError, match=r"  loss\.margin: soft → 0\.3\n  train\.lr: 0\.0003 → 0\.0001\nchoose"
     ):
         train(
             tiny_experiment(folder, loss={"mining": "random", "margin": 0.3}, train={"epochs": 2, "lr": 1e-4})
