@@ -16,10 +16,21 @@ from launch.torchrun import End, torchrun
 
 SAYS = "import os, signal, sys, time; rank = int(os.environ['RANK']); path = sys.argv[1]\n"
 LOST = "def lost():\n    print(f'error: rank {rank}: another rank is gone', file=sys.stderr); sys.exit(75)\n"
+# Rank 0 ends once rank 1 is dead, and no sooner, however slow the machine.
+DRAWN_ALONG = """pid = f'{path}/pid'
+def dead(stat):
+    try: return open(stat).read().rpartition(') ')[2].startswith('Z')
+    except OSError: return True
+def follow():
+    while not os.path.islink(pid): time.sleep(0.01)
+    while not dead(f'/proc/{os.readlink(pid)}/stat'): time.sleep(0.01)
+    lost()
+if rank == 1: os.symlink(str(os.getpid()), pid)
+"""
 ENDS: dict[str, tuple[str, int, list[str], list[str]]] = {
     # what the ranks do: (…, status, said, not said)
     "rank 1 raises, then rank 0 is drawn along": (
-        f"{LOST}if rank == 1: raise ValueError('the cause')\ntime.sleep(0.05); lost()",
+        f"{LOST}{DRAWN_ALONG}if rank == 1: raise ValueError('the cause')\nfollow()",
         1,
         ["ValueError: the cause", "error: rank 1 on", "exit status 1, the first of 2", "1/stderr.log"],
         ["error: rank 0 on"],
@@ -31,7 +42,7 @@ ENDS: dict[str, tuple[str, int, list[str], list[str]]] = {
         ["error: rank 0 on"],
     ),
     "rank 1 is killed": (
-        f"{LOST}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.05); lost()",
+        f"{LOST}{DRAWN_ALONG}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nfollow()",
         75,
         ["error: rank 1 on", "killed by SIGKILL (out of memory?"],
         ["error: rank 0 on"],

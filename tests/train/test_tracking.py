@@ -159,13 +159,17 @@ def written(path: Path) -> list[Any]:
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The records of W&B's log: LevelDB's log format, in blocks of 32 KiB, after seven bytes of its own."""
+    """The records of W&B's log: LevelDB's log format, in blocks of 32 KiB, after seven bytes of its own.
+
+    One that is still being written is left out."""
     data, place, parts = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
         if (left := 32768 - place % 32768) < 7:
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):
+            return
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
