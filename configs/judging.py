@@ -106,5 +106,5 @@ class Evaluate(Section):
     patient_prevalence: Part | None = None
     """The same of patients."""
     subgroups: tuple[str, ...] = ("sex", "age", "site", "image_size", "source")
-    """What figures are told by: age (in bands), sex, site, image_size (as packed), source, or columns of the
-    shard set."""
+    """What figures are told by: age (in bands), sex, site, image_size (before packing), source, or columns
+    of the shard set."""

@@ -39,7 +39,7 @@ def subgroups(
         positives: (n,) whether an image is of that class.
         groups: (n,) codes from 0 without gaps.
         metadata: column -> (n,).
-        names: roles (age, sex, site), `image_size`, or columns.
+        names: roles (age, sex, site), `image_size` (of the original, before packing), or columns.
     """
     found: dict[str, dict[str, Any]] = {}
     for column in names:
@@ -65,7 +65,7 @@ def subgroups(
 def banded(metadata: Metadata, column: str) -> list[str]:
     """(n,) value of each sample, few enough to tell apart: ages in bands, other numbers in quarters."""
     if column == SIZE:
-        widths, heights = read(metadata, "width"), read(metadata, "height")
+        widths, heights = read(metadata, "original_width"), read(metadata, "original_height")
         if widths is None or heights is None:
             return []
         return _common([f"{int(w)}×{int(h)}" for w, h in zip(widths, heights, strict=True)])

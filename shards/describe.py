@@ -38,6 +38,8 @@ def samples_table(settings: Pack, plan: Plan, facts: Sequence[Fact], shards: Seq
         "crc32": np.array([fact.crc32 for fact in mine], dtype=np.uint32),
         "width": np.array([fact.width for fact in mine], dtype=np.int64),
         "height": np.array([fact.height for fact in mine], dtype=np.int64),
+        "original_width": np.array([fact.original_width for fact in mine], dtype=np.int64),
+        "original_height": np.array([fact.original_height for fact in mine], dtype=np.int64),
         "label": records.labels,
         "group": pa.array(records.groups, pa.string()),
         "lesion": pa.array([name or None for name in records.lesions], pa.string()),

@@ -36,6 +36,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 _END = b"\xff\xd9"  # the end-of-image marker; entropy-coded data never holds these two bytes
 _LUMA = 64  # smallest side of the grey image, pixels
 _MOST_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: no photograph is worth the memory
@@ -67,6 +68,8 @@ class Encoded(NamedTuple):
     """Pixels."""
     height: int
     """Pixels."""
+    original: tuple[int, int]
+    """Width and height of the image that was given, upright, pixels."""
     grey: NDArray[np.uint8] | None
     """The JPEG's luma, (height, width), shrunk while each side keeps 64 pixels; None if not asked for."""
 
@@ -108,9 +111,10 @@ def _encoded(data: bytes, settings: Encode, name: str, grey: bool) -> Encoded:
     found = header(data)
     source = _jpeg(data, found, name) if found else _other(data, name)
     target = _target(source.width, source.height, settings)
+    original = (source.width, source.height)
     if source.ready and target.whole:
         luma = _luma(data) if grey or settings.check == "decode" else None
-        return Encoded(data, source.width, source.height, luma if grey else None)
+        return Encoded(data, *original, original, luma if grey else None)
     image = _fitted(source, target)
     if max(image.size) > _LONGEST:
         raise UserError(
@@ -120,7 +124,9 @@ def _encoded(data: bytes, settings: Encode, name: str, grey: bool) -> Encoded:
     jpeg = simplejpeg.encode_jpeg(
         np.asarray(image), quality=settings.quality, colorsubsampling=settings.subsampling
     )
-    return Encoded(jpeg, image.width, image.height, _grey(image) if grey else None)
+    if source.orientation in _SIDEWAYS:
+        original = original[::-1]
+    return Encoded(jpeg, image.width, image.height, original, _grey(image) if grey else None)
 
 
 class _Source(NamedTuple):

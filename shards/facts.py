@@ -24,7 +24,8 @@ def describe(shards: ShardSet) -> list[str]:
     facts = [
         ("files", _files(shards)),
         ("image", _spread(shards.sizes, "bytes")),
-        ("size", _pixels(shards)),
+        ("size", _pixels(shards, "")),
+        ("originals", _pixels(shards, "original_") if _resized(shards) else ""),
         ("group", _groups(shards)),
         ("sources", _sources(shards)),
         ("metadata", _metadata(shards)),
@@ -56,8 +57,13 @@ def _spread(values: Ints, unit: str) -> str:
     return f"median {np.median(values):,.0f} {unit}, from {values.min():,} to {values.max():,}"
 
 
-def _pixels(shards: ShardSet) -> str:
-    sizes, counts = np.unique(np.stack([shards.widths, shards.heights]), axis=1, return_counts=True)
+def _resized(shards: ShardSet) -> bool:
+    return any(shards.samples[side] != shards.samples[f"original_{side}"] for side in ("width", "height"))
+
+
+def _pixels(shards: ShardSet, which: str) -> str:
+    sides = [np.asarray(shards.samples[f"{which}{side}"]) for side in ("width", "height")]
+    sizes, counts = np.unique(np.stack(sides), axis=1, return_counts=True)
     if len(counts) == 1:
         return f"{sizes[0, 0]:,} × {sizes[1, 0]:,} pixels, all images"
     common = np.argsort(-counts, kind="stable")[:MOST_SIZES]

@@ -160,7 +160,7 @@ def entries(images: str, scratch: Path) -> Iterator[tuple[str, Ref]]:
         yield from _in_hdf5(path)
     else:
         raise UserError(
-            f"{images}: not a kind of archive that is known; set pack.images to a folder, a .tar, .zip or "
+            f"{images}: not a kind of archive that is known; images are taken from a folder, a .tar, .zip or "
             ".hdf5 file, or WebDataset shards"
         )
 

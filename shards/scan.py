@@ -20,7 +20,7 @@ from shards.files import atomic, write_text
 from shards.images import Ref, read
 from shards.near import perceptual_hash
 
-VERSION = 1
+VERSION = 2
 """Of what this pass finds and makes: a change of it makes every chunk anew."""
 CHUNK = 256
 """Images in a chunk: some seconds of work for large photographs."""
@@ -38,6 +38,9 @@ class Fact(NamedTuple):
     crc32: int = 0
     width: int = 0
     height: int = 0
+    original_width: int = 0
+    """Of the image that was given, upright, pixels."""
+    original_height: int = 0
     sha256: str = ""
     """Of the JPEG, in hex."""
     hash: str = ""
@@ -127,6 +130,8 @@ def _fact(ref: Ref, settings: Encode, hashed: bool, file: IO[bytes]) -> Fact:
         crc32=zlib.crc32(encoded.jpeg),
         width=encoded.width,
         height=encoded.height,
+        original_width=encoded.original[0],
+        original_height=encoded.original[1],
         sha256=hashlib.sha256(encoded.jpeg).hexdigest(),
         hash=_hash(encoded),
     )

@@ -17,7 +17,7 @@ from configs.schema import Experiment
 from shards.files import read_json, sha256
 from shards.tables import few
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "val", "test")
 MANIFEST = "dataset.json"
 SAMPLES = "samples.parquet"
@@ -25,9 +25,10 @@ NOTICE = "NOTICE.txt"
 """Lies beside a source table, where it has something to say that no reader must miss."""
 COLUMNS = (
     *("index", "key", "split", "shard", "offset", "size", "crc32", "width", "height"),
-    *("label", "group", "lesion", "source"),
+    *("original_width", "original_height", "label", "group", "lesion", "source"),
 )
-"""Columns of `samples.parquet` before those of the source tables; `shard` is the tar's file name."""
+"""Columns of `samples.parquet` before those of the source tables. `shard` is the tar's file name, `width` and
+`height` are those of the JPEG in it, `original_…` of the image that it was made from, upright."""
 
 _NEEDED = ("settings", "sources", "classes", "positive", "splits", "duplicates", "rejected", "files")
 Ints = NDArray[np.int64]

@@ -156,8 +156,8 @@ def _samples(url: str) -> Iterator[dict[str, Any]]:
         cut = stream.cut()
     except Exception as error:  # whatever a URL's own reader raises
         raise UserError(
-            f"{url}: cannot be read as a WebDataset shard ({_reason(error)}); check the address in "
-            "pack.images, which must be that of a tar"
+            f"{url}: cannot be read as a WebDataset shard ({_reason(error)}); check the address, "
+            "which must be that of a tar"
         ) from None
     if cut:
         raise UserError(f"{url}: breaks off: a tar without its end; copy it again")

@@ -33,8 +33,8 @@ def make(run, noise, **classifier):
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         metadata = {
             "sex": pa.chunked_array([[("male", "female", "")[i % 3] for i in range(n)]]),
-            "width": pa.chunked_array([[100] * n]),
-            "height": pa.chunked_array([[75 + 25 * (i % 2) for i in range(n)]]),
+            "original_width": pa.chunked_array([[100] * n]),
+            "original_height": pa.chunked_array([[75 + 25 * (i % 2) for i in range(n)]]),
         }
         groups = [f"{split}{i // 3}" for i in range(n)]
         keys = [f"{split}{i}" for i in range(n)]

@@ -182,7 +182,9 @@ def test_a_turned_file_equals_its_upright_twin(resize: Any, kind: str) -> None:
     expected = decoded(stored(upright, "PNG"), how)
     for orientation, turn in enumerate(undo, 1):
         turned = upright if turn is None else upright.transpose(Image.Transpose(turn))
-        out = decoded(stored(turned, kind, exif=rotated(orientation), **options), how)
+        data = stored(turned, kind, exif=rotated(orientation), **options)
+        out = decoded(data, how)
+        assert encode(data, how).original == upright.size
         assert out.size == expected.size
         assert decibels(out, expected) > 36, orientation
 

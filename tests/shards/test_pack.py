@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def
+from PIL import Image
 
 from configs.errors import UserError
 from configs.packing import Pack
 from shards.claims import lock
 from shards.describe import check_made_by
+from shards.facts import describe
 from shards.pack import pack
 from shards.shardset import SPLITS, ShardSet
 
@@ -60,6 +62,20 @@ def test_every_image_is_packed_once_with_its_own_bytes(tiny_shards: ShardSet, ti
         site = rows[key]["anatom_site_general"]
         assert tiny_shards.samples["anatom_site_general"][index].as_py() == (site or None)
     assert tiny_shards.classes[tiny_shards.positive] == "melanoma"
+
+
+def test_the_originals_size_is_kept(tiny_pack: Pack, tiny_images: Path, tmp_path: Path) -> None:
+    shards = packed(changed(tiny_pack, output=tmp_path / "shards", encode={"size": 32}))
+    sizes = [
+        Image.open(tiny_images / "images" / f"{key}.jpg").size for key in shards.samples["key"].to_pylist()
+    ]
+    originals = [shards.samples[f"original_{side}"].to_pylist() for side in ("width", "height")]
+    assert list(zip(*originals, strict=True)) == sizes
+    assert min(*shards.widths, *shards.heights) == 32 < min(min(size) for size in sizes)
+    said = " ".join(line.strip() for line in describe(shards))
+    widths, heights = zip(*sizes, strict=True)
+    assert f"width {min(widths)} to {max(widths)}, height {min(heights)} to {max(heights)} pixels" in said
+    assert any(line.startswith("originals") for line in describe(shards))
 
 
 def test_splits_are_disjoint_complete_and_shuffled(tiny_shards: ShardSet) -> None:

@@ -184,7 +184,7 @@ def test_shards_are_read_over_http(tiny_pack: Pack, tiny_shards: ShardSet, tmp_p
         missing = url.replace("001", "002")
         with pytest.raises(
             UserError,
-            match=r"web-002.tar: cannot be read .*\((empty file|its download .* 22)\); .*pack.images",
+            match=r"web-002.tar: cannot be read .*\((empty file|its download .* 22)\); check the address",
         ):
             packed(tiny_pack, images=missing, output=tmp_path / "other")
     finally:
