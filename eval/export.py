@@ -35,10 +35,11 @@ from configs.errors import UserError
 from configs.load import load
 from eval.inputs import listing
 from eval.network import Whole
-from eval.predict import BATCH, Predictor
+from eval.predict import Predictor
 from shards.encode import Encoded
 from shards.files import replacing, sha256, write_json, write_text
 from shards.shardset import MANIFEST
+from train.embed import BATCH
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)

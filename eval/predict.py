@@ -34,6 +34,7 @@ from eval.network import Network
 from pipeline import augment, graph
 from shards.encode import Encoded, encode
 from train import classifier
+from train.embed import BATCH
 from train.embed import encode as embed
 from train.embeddings import read_embeddings
 from train.metadata import Metadata
@@ -42,8 +43,6 @@ from train.runfolder import load_encoder
 if TYPE_CHECKING:
     from eval.heatmap import HeatMaps
 
-BATCH = 32
-"""Images through the encoder together: always as many, so that a result does not depend on the others."""
 NEAREST = 3
 """Known lesions named with each prediction."""
 ID_COLUMNS = ("isic_id", "image_id", "image_name", "id")

@@ -27,6 +27,8 @@ from train.embeddings import OURS, Embeddings, embeddings_writer, read_meta
 from train.entry import start
 from train.model import Encoder
 
+BATCH = 32
+"""Images through the encoder together, `predict`'s too: with their number kernels change, and last digits."""
 ROWS = 8192
 """Samples in a row group: 16 MB of 512 float32."""
 PLACES = ("split", "shard", "offset", "size", "crc32")
@@ -41,9 +43,16 @@ def evaluation_loader(
     cache: Cache | None = None,
     *,
     max_bad: float = 0.0,
+    batch: int = 0,
 ) -> Loader:
-    """Each of `indices` once, in order, as they are. A damaged one ends it, unless another may stand in."""
+    """Each of `indices` once, in order, as they are. A damaged one ends it, unless another may stand in.
+
+    Args:
+        batch: images of a rank at a time, in place of its share of `loader.global_batch`.
+    """
     settings = experiment.loader.model_copy(update={"max_bad": max_bad})
+    if batch:
+        settings = settings.model_copy(update={"global_batch": batch * world.size})
     return Loader(
         shards,
         Sequential(indices, settings.global_batch),
@@ -161,7 +170,7 @@ def _run(experiment: Experiment, world: World) -> None:
         runfolder.describe(experiment)
     order = np.concatenate([shards.split(split) for split in SPLITS])
     with (
-        evaluation_loader(shards, order, experiment, world) as loader,
+        evaluation_loader(shards, order, experiment, world, batch=BATCH) as loader,
         tqdm(total=len(order), desc="embed", unit="image", disable=not world.main) as progress,
     ):
         pieces = stream(

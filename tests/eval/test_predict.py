@@ -24,12 +24,13 @@ from eval import neighbours
 from eval.export import export
 from eval.inputs import Image, Listing, listing
 from eval.neighbours import Known
-from eval.predict import BATCH, Prediction, Predictor
+from eval.predict import Prediction, Predictor
 from eval.predictions import check_output, format_of, write
 from launch import cli
 from shards.images import Ref
 from shards.shardset import SPLITS, ShardSet
 from train.classify import fit
+from train.embed import BATCH
 from train.embeddings import Embeddings, read_embeddings
 
 CLASSES = ["benign", "melanoma"]
