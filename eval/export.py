@@ -113,8 +113,8 @@ def export(run: Path, kind: Format, output: Path, *, images: Sequence[str] = ())
         WRITERS[kind](whole, folder / FILES[kind], about)
         _write_scripts(folder, kind, about)
         write_json(folder / ABOUT, about)
-        with _scripts(folder) as script:
-            run_bundle, prepare = script["load"](folder), script["pixels"]
+        with _scripts(folder) as (load, prepare):
+            run_bundle = load(folder)
             found = {"random": _difference(predictor, run_bundle, random, _decoded)}
             if real:
                 found["real"] = _difference(predictor, run_bundle, real, _decoded)
@@ -266,12 +266,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _scripts(folder: Path) -> Iterator[dict[str, Any]]:
-    """The bundle's own script, the very file that its user will run."""
+def _scripts(folder: Path) -> Iterator[tuple[Callable[[Path], Run], Callable[[bytes], Pixels]]]:
+    """`load` and `pixels` of the bundle's own scripts, the very files that its user will run."""
     sys.path.insert(0, str(folder))
     try:
         with _quiet():
-            yield runpy.run_path(str(folder / "predict.py"), run_name="bundle")
+            script = runpy.run_path(str(folder / "predict.py"), run_name="bundle")
+            yield script["load"], sys.modules["prepare"].pixels
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop("prepare", None)

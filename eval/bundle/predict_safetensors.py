@@ -1,4 +1,4 @@
-"""Image files -> calibrated probabilities, by PyTorch: python predict.py IMAGE …
+"""Image files -> lines of JSON with calibrated probabilities, by PyTorch: python predict.py IMAGE …
 
 The network is built here from torchvision (or timm) and linear layers; the file holds its tensors alone.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from prepare import ABOUT, pixels
+from prepare import ABOUT, tell
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -123,7 +123,4 @@ def _views(images: Tensor) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    run = load(Path(__file__).parent)
-    for name in sys.argv[1:]:
-        probabilities, _ = run(pixels(Path(name).read_bytes()))
-        print(name, dict(zip(ABOUT["classes"], map(float, probabilities[0]), strict=True)))
+    sys.exit(tell(load(Path(__file__).parent), sys.argv[1:]))

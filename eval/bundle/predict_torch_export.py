@@ -1,4 +1,4 @@
-"""Image files -> calibrated probabilities, by PyTorch: python predict.py IMAGE …"""
+"""Image files -> lines of JSON with calibrated probabilities, by PyTorch: python predict.py IMAGE …"""
 
 import sys
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prepare import ABOUT, pixels
+from prepare import ABOUT, tell
 
 
 def load(folder: Path) -> Callable[[Any], Any]:
@@ -21,7 +21,4 @@ def load(folder: Path) -> Callable[[Any], Any]:
 
 
 if __name__ == "__main__":
-    run = load(Path(__file__).parent)
-    for name in sys.argv[1:]:
-        probabilities, _ = run(pixels(Path(name).read_bytes()))
-        print(name, dict(zip(ABOUT["classes"], map(float, probabilities[0]), strict=True)))
+    sys.exit(tell(load(Path(__file__).parent), sys.argv[1:]))

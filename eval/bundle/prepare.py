@@ -1,8 +1,12 @@
-"""An image file -> the pixels that the model of this bundle takes. Needs NumPy, Pillow and simplejpeg."""
+"""An image file -> the pixels that the model of this bundle takes -> a line of JSON.
+
+Needs NumPy, Pillow and simplejpeg.
+"""
 
 import io
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,37 @@ ABOUT: dict[str, Any] = json.loads((Path(__file__).parent / "bundle.json").read_
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 Box = tuple[float, float, float, float]
+
+
+def tell(run: Callable[[NDArray[np.uint8]], Any], names: Sequence[str]) -> int:
+    """Print a line for each image file: its probabilities and verdict, or why there are none.
+
+    Args:
+        run: pixels -> probabilities (1, classes), and more.
+
+    Returns:
+        0, or 1 if any could not be used.
+    """
+    status = 0
+    for name in names:
+        line: dict[str, Any] = {"image": name}
+        try:
+            shown = pixels(Path(name).read_bytes())
+        except Exception as error:  # damaged bytes make decoders raise almost anything
+            status, line["error"] = 1, " ".join(str(error).split()) or type(error).__name__
+        else:
+            line |= _judged(run(shown)[0][0].tolist())
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+    return status
+
+
+def _judged(probabilities: list[float]) -> dict[str, Any]:
+    """The positive class where its probability reaches the threshold, else the likeliest other."""
+    called = dict(zip(ABOUT["classes"], probabilities, strict=True))
+    others = {name: value for name, value in called.items() if name != ABOUT["positive"]}
+    reached = called[ABOUT["positive"]] >= ABOUT["threshold"]
+    verdict = ABOUT["positive"] if reached else max(others, key=others.__getitem__)
+    return {"verdict": verdict, "probabilities": called}
 
 
 def pixels(data: bytes) -> NDArray[np.uint8]:

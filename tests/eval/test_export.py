@@ -73,17 +73,19 @@ def test_a_bundle_gives_the_runs_probabilities_without_moleprint(
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == expected
     assert {path.name for path in output.iterdir()} == {*about["sha256"], "bundle.json"}
 
-    command = [sys.executable, "-I", "-c", ALONE, str(output), *map(str, photographs)]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for line, prediction in zip(
-        done.stdout.splitlines(), Predictor(finished, device="cpu").predict(photographs), strict=True
-    ):
-        name, _, probabilities = line.partition(" ")
-        assert name == prediction.image and not prediction.error
-        assert json.loads(probabilities.replace("'", '"')) == pytest.approx(
-            prediction.probabilities, abs=1e-5
-        )
+    damaged, images = tmp_path / "damaged.jpg", [str(path) for path in photographs]
+    damaged.write_bytes(photographs[0].read_bytes()[:2000])
+    command = [sys.executable, "-I", "-c", ALONE, str(output)]
+    bad = [str(damaged), str(tmp_path / "no.jpg")]
+    done = subprocess.run([*command, *bad, *images], cwd="/", capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1, done.stderr
+    assert [line["image"] for line in lines] == [*bad, *images]
+    assert all(line.keys() == {"image", "error"} and line["error"] for line in lines[:2])
+    predictions = Predictor(finished, device="cpu").predict(photographs)
+    for line, prediction in zip(lines[2:], predictions, strict=True):
+        assert line["verdict"] == prediction.verdict
+        assert line["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
 
 
 @pytest.mark.parametrize("resize", ["short_side", "pad", "crop", "stretch", "none"])
