@@ -56,9 +56,11 @@ class Category:
     values: tuple[str, ...]
 
     def encode(self, values: Sequence[Any]) -> NDArray[np.float32]:
-        """(n,) -> (n, values + 1)."""
-        codes = {value: code for code, value in enumerate(self.values)}
-        return np.eye(len(codes) + 1, dtype=np.float32)[[codes.get(value, len(codes)) for value in values]]
+        """(n,) texts or None -> (n, values + 1), in whatever case they are written."""
+        codes = {value.casefold(): code for code, value in enumerate(self.values)}
+        unknown = len(self.values)
+        rows = [unknown if value is None else codes.get(value.casefold(), unknown) for value in values]
+        return np.eye(unknown + 1, dtype=np.float32)[rows]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Inputs:
 
 def read(metadata: Metadata, name: str, *, number: bool | None = None) -> list[Any] | None:
     """(n,) values of a role or a column: floats or texts, None where missing; None where no column tells
-    it.
+    it. Texts that differ in case alone are one value, as it was first written.
 
     Args:
         number: floats are wanted, else texts, whatever the column holds: a table may write numbers as text,
@@ -161,4 +163,8 @@ def _number(value: Any) -> float | None:
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
     texts = pc.utf8_trim_whitespace(column.cast(pa.string())).to_pylist()
-    return [text if text is not None and text.lower() not in MISSING else None for text in texts]
+    first: dict[str, str] = {}
+    return [
+        None if text is None or text.casefold() in MISSING else first.setdefault(text.casefold(), text)
+        for text in texts
+    ]

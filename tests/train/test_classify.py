@@ -303,6 +303,8 @@ def test_inputs_are_fitted_on_what_they_are_given():
     assert found[:, 2:].tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1], [1, 0, 0]]  # head, torso, unknown
     new = inputs.encode({"site": column(["palm"])}, 1)
     assert new.tolist() == [[0, 1, 0, 0, 1]]
+    shouted = inputs.encode({"site": column(["TORSO", "Head"])}, 2)
+    assert shouted[:, 2:].tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_tables_may_write_numbers_as_text_and_texts_as_numbers():
@@ -317,6 +319,7 @@ def test_a_role_is_read_from_whichever_column_tells_it():
     metadata = {"age_approx": column(["45", "", "x"]), "age": column([None, 30.0, None])}
     assert read(metadata, "age") == [45.0, 30.0, None]
     assert read({"localization": column([" back ", "unknown"])}, "site") == ["back", None]
+    assert read({"sex": column(["Male", "male", "MALE", "NA"])}, "sex") == ["Male", "Male", "Male", None]
     assert read(metadata, "site") is None
 
 
