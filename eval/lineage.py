@@ -142,10 +142,6 @@ def encoder_facts(experiment: Experiment, about: Mapping[str, Any]) -> list[Fact
         ("loss", ", ".join(f"{name} {value}" for name, value in loss.model_dump(mode="json").items())),
     ]
     if "epochs" in about:
-        facts.append(
-            (
-                "epochs",
-                f"{about['epochs']}; best was {about['best_epoch']}, AUC {about['validation_roc_auc']:.3f}",
-            )
-        )
+        chosen = f"the best by {train.monitor} on validation was {about['best_epoch']}"
+        facts.append(("epochs", f"{about['epochs']}; {chosen}"))
     return facts
