@@ -91,7 +91,7 @@ class Learner(nn.Module):
             mining: of the triplet loss at this step, `train.mining.mining_at`.
 
         Raises:
-            UserError: if the micro-batches do not share this rank's images.
+            UserError: if the micro-batches do not share this rank's images, or are too small.
         """
         features = self._features(images, precision)
         features, labels, groups = gather_with_gradient(features), gather(labels), gather(groups)
@@ -113,6 +113,11 @@ class Learner(nn.Module):
                 return self.encoder.features(images)
 
         count = self._micro_batch or len(images)
+        if count == 1 and any(isinstance(part, nn.BatchNorm1d) for part in self.encoder.backbone.modules()):
+            raise UserError(
+                "the projection's batch norm cannot learn of one image at a time: set train.micro_batch (or "
+                "loader.global_batch / ranks) to 2 or more, or model.projection=linear"
+            )
         if count >= len(images):
             return run(images)
         if len(images) % count:
