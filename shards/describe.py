@@ -173,6 +173,11 @@ def check_made_by(made: Mapping[str, Any], settings: Pack, where: object) -> Non
     Raises:
         UserError: naming what differs.
     """
+    if made.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{where}: a shard set of format version {made.get('version')}, this release makes "
+            f"{FORMAT_VERSION}; delete it, or set pack.output to another folder"
+        )
     before, now = made["settings"], _settings(settings)
     differ = [
         f"pack.{key} is {now[key]}, was {before.get(key)}" for key in now if now[key] != before.get(key)

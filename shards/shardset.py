@@ -75,7 +75,7 @@ class ShardSet:
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{folder}: shard set of format version {version}, this release reads {FORMAT_VERSION}; "
-                "pack it again with `moleprint pack`"
+                "delete it, or set pack.output to another folder, and pack again with `moleprint pack`"
             )
         read_json(path, "moleprint pack", _NEEDED)
         wrong = []

@@ -196,6 +196,10 @@ def test_settings_other_than_those_packed_with_are_noticed(
     made, where = tiny_shards.manifest, tiny_shards.folder
     check_made_by(made, tiny_pack, where)
     check_made_by(made, changed(tiny_pack, **same), where)
+    with pytest.raises(
+        UserError, match=r"format version 2, this release makes 3; delete it, or set pack\.output"
+    ):
+        check_made_by({**made, "version": 2}, tiny_pack, where)
     with pytest.raises(UserError, match=r"pack.folds is 4, was 0, pack.seed is 3, was 0"):
         check_made_by(made, changed(tiny_pack, seed=3, folds=4), where)
     (tmp_path / "table.csv").write_text(tiny_pack.table.read_text() + "\n")
