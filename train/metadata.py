@@ -116,7 +116,11 @@ def read(metadata: Metadata, name: str, *, number: bool | None = None) -> list[A
         return None
     if is_number(metadata, name) if number is None else number:
         return _first([_numbers(column) for column in columns])
-    return _first([_texts(column) for column in columns])
+    spelling: dict[str, str] = {}
+    return [
+        None if text is None else spelling.setdefault(text.casefold(), text)
+        for text in _first([_texts(column) for column in columns])
+    ]
 
 
 def is_number(metadata: Metadata, name: str) -> bool:
@@ -163,8 +167,4 @@ def _number(value: Any) -> float | None:
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
     texts = pc.utf8_trim_whitespace(column.cast(pa.string())).to_pylist()
-    first: dict[str, str] = {}
-    return [
-        None if text is None or text.casefold() in MISSING else first.setdefault(text.casefold(), text)
-        for text in texts
-    ]
+    return [text if text is not None and text.lower() not in MISSING else None for text in texts]

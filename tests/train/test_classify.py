@@ -319,7 +319,8 @@ def test_a_role_is_read_from_whichever_column_tells_it():
     metadata = {"age_approx": column(["45", "", "x"]), "age": column([None, 30.0, None])}
     assert read(metadata, "age") == [45.0, 30.0, None]
     assert read({"localization": column([" back ", "unknown"])}, "site") == ["back", None]
-    assert read({"sex": column(["Male", "male", "MALE", "NA"])}, "sex") == ["Male", "Male", "Male", None]
+    sexes = {"sex": column(["Male", "male", None, "NA"]), "gender": column([None, None, "MALE", "female"])}
+    assert read(sexes, "sex") == ["Male", "Male", "Male", "female"]
     assert read(metadata, "site") is None
 
 
