@@ -39,7 +39,7 @@ def tell(run: Callable[[NDArray[np.uint8]], Any], names: Sequence[str]) -> int:
             status, line["error"] = 1, " ".join(str(error).split()) or type(error).__name__
         else:
             line |= _judged(run(shown)[0][0].tolist())
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(json.dumps(line), flush=True)
     return status
 
 
