@@ -206,7 +206,9 @@ class Calls:
     """The figures of the called classes: accuracy; precision, recall and F1 of each class, and their means.
 
     As in scikit-learn's classification report, a `macro` mean is that over classes (of recall:
-    `balanced_accuracy`), a `weighted` one that over images by their class (of recall: `accuracy`).
+    `balanced_accuracy`), a `weighted` one that over images by their class (of recall: `accuracy`). Where a
+    figure of a class that counts has no meaning, as the precision of one never called, which scikit-learn
+    takes for 0, the mean has none.
     """
 
     def __init__(self, called: Ints, labels: Ints, groups: Ints, classes: Sequence[str]) -> None:
@@ -225,8 +227,8 @@ class Calls:
             "balanced_accuracy": recall.mean(axis=1),
             "macro_precision": precision.mean(axis=1),
             "macro_f1": f1.mean(axis=1),
-            "weighted_precision": ratio((true * precision).sum(axis=1), true.sum(axis=1)),
-            "weighted_f1": ratio((true * f1).sum(axis=1), true.sum(axis=1)),
+            "weighted_precision": _weighted(precision, true),
+            "weighted_f1": _weighted(f1, true),
         }
         for i, name in enumerate(self._classes):
             values |= {f"precision.{name}": precision[:, i], f"recall.{name}": recall[:, i]}
@@ -245,11 +247,21 @@ class Calls:
             for what, has in (("of", true), ("called", called), ("of or called", true | called))
         )
         needs: dict[str, list[Need]] = {"accuracy": [], "balanced_accuracy": of}
-        needs |= {f"{mean}_precision": calls for mean in ("macro", "weighted")}
-        needs |= {f"{mean}_f1": either for mean in ("macro", "weighted")}
+        there = [call for call, (groups, _) in zip(calls, of, strict=True) if groups]
+        needs |= {
+            "macro_precision": calls,
+            "weighted_precision": there,
+            "macro_f1": either,
+            "weighted_f1": [],
+        }
         for i, name in enumerate(self._classes):
             needs |= {f"precision.{name}": [calls[i]], f"recall.{name}": [of[i]], f"f1.{name}": [either[i]]}
         return needs
+
+
+def _weighted(values: Floats, images: Floats) -> Floats:
+    """Mean over classes by their images, both (b, C): a class without any counts nothing, defined or not."""
+    return ratio(np.where(images > 0, images * values, 0).sum(axis=1), images.sum(axis=1))
 
 
 class EachClass:

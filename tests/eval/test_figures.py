@@ -7,7 +7,7 @@ from sklearn import metrics as oracle
 
 from eval.compare import Difference, delong
 from eval.curves import ACTED_ON, decision_curve, reliability_rows
-from eval.figures import Detection, Means, estimate, figures
+from eval.figures import Calls, Detection, Means, estimate, figures
 from eval.metrics import Bootstrap, Curve
 from eval.patients import by_patient, ugly_duckling
 
@@ -172,6 +172,37 @@ def test_several_classes_have_their_own_and_mean_areas():
     for mean, columns in of.items():
         expected = [report[f"{mean} avg"][column] for column in ("precision", "recall", "f1-score")]
         assert [found[column]["value"] for column in columns] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "called", "undefined"),
+    [
+        ([0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0], {"balanced_accuracy", "macro_precision", "macro_f1"}),
+        ([0, 0, 1, 1, 0, 1], [0, 2, 1, 1, 0, 0], {"balanced_accuracy"}),  # called, but not there
+        (
+            [0, 0, 1, 2, 0, 1],
+            [0, 1, 1, 1, 0, 0],
+            {"macro_precision", "weighted_precision"},
+        ),  # there, not called
+    ],
+)
+def test_means_over_classes_leave_out_what_has_no_meaning(labels, called, undefined):
+    report = oracle.classification_report(labels, called, labels=[0, 1, 2], output_dict=True, zero_division=0)
+    calls = Calls(np.array(called), np.array(labels), np.arange(6), ["a", "b", "c"])
+    found = {name: float(values[0]) for name, values in calls.under(np.ones((1, 6))).items()}
+    expected = {
+        "macro_precision": report["macro avg"]["precision"],
+        "macro_f1": report["macro avg"]["f1-score"],
+    }
+    expected |= {"balanced_accuracy": report["macro avg"]["recall"]}
+    expected |= {"weighted_precision": report["weighted avg"]["precision"]}
+    expected |= {"weighted_f1": report["weighted avg"]["f1-score"]}
+    assert {name for name in expected if np.isnan(found[name])} == undefined
+    assert {name: found[name] for name in expected.keys() - undefined} == pytest.approx(
+        {name: expected[name] for name in expected.keys() - undefined}
+    )
+    lacking = {name for name, needs in calls.needs().items() if any(not count for count, _ in needs)}
+    assert lacking & expected.keys() == undefined
 
 
 def test_patients_are_judged_by_their_worst_image():
