@@ -45,12 +45,13 @@ for _first in "-+0123456789":  # before the number in base 60 that YAML 1.1 sees
     _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^[-+]?\d+:")))
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+def load(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Experiment:
     """The experiment of a YAML file with overrides applied.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value`, the value in YAML; `section=null` leaves an optional section out.
+        of_run: it is a run folder's `config.yaml`, maybe of another release: unknown keys are left out.
 
     Raises:
         UserError: naming every unknown key (with the nearest valid one), wrong type and bad value.
@@ -67,12 +68,28 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         except UserError as error:
             problems.append(str(error))
     try:
-        experiment = Experiment.model_validate_json(json.dumps(raw, default=str), strict=True)
+        experiment = _checked(raw)
     except ValidationError as error:
-        problems += [_explain(detail, path, source) for detail in error.errors()]
+        details = error.errors()
+        if of_run and all(detail["type"] == "extra_forbidden" for detail in details):
+            return _checked(_without(raw, [detail["loc"] for detail in details]))
+        problems += [_explain(detail, path, source) for detail in details]
     if problems:
         raise UserError("\n".join(problems))
     return experiment
+
+
+def _checked(raw: dict[str, Any]) -> Experiment:
+    return Experiment.model_validate_json(json.dumps(raw, default=str), strict=True)
+
+
+def _without(raw: dict[str, Any], places: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    for *sections, key in places:
+        target = raw
+        for section in sections:
+            target = target[str(section)]
+        del target[str(key)]
+    return raw
 
 
 def dump(experiment: BaseModel) -> str:

@@ -1,5 +1,6 @@
 """Fields of the sections `model`, `loss` and `train`: the encoder and how it learns."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
@@ -14,7 +15,7 @@ def _in_one_line(value: Any, margin: ValidatorFunctionWrapHandler) -> Any:
     try:
         return margin(value)
     except ValidationError:
-        raise ValueError(f"a number above 0 or soft was expected, found {value!r}") from None
+        raise ValueError(f"a number above 0 or soft was expected, found {json.dumps(value)}") from None
 
 
 Margin = Annotated[Positive | Literal["soft"], WrapValidator(_in_one_line)]
@@ -56,13 +57,15 @@ class Loss(Section):
     """The triplets of each anchor, sought in the global batch over all ranks: one at `random`; `all`, those
     without a loss not counted; for every positive the nearest negative beyond it (`semi_hard`, FaceNet); the
     farthest positive with the nearest negative (`batch_hard`); or with the nearest one of the anchor's own
-    patient, where there is one (`patient_hard`)."""
+    patient, where there is one (`patient_hard`). `all` with a soft margin grows with the cube of the global
+    batch, all else with its square."""
     schedule: dict[Mining, Part] = Field(default_factory=dict)
     """Minings that take over from `mining` after a share of `train.epochs`, from easy to hard, such as
     {semi_hard: 0.1, batch_hard: 0.5}; none: `mining` all along."""
     margin: Margin = "soft"
     """Margin of the triplet loss's hinge, in `distance` (0..2); `soft`: log(1 + exp(d⁺ − d⁻)) in place of a
-    hinge (Hermans 2017), while validation's triplet loss is a hinge with 0.2 (FaceNet's)."""
+    hinge (Hermans 2017). Validation's triplet loss is a hinge in Euclidean distance with this margin, or with
+    0.2 where it is soft: another function than training's."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     """Of unit vectors, for `triplet` and `contrastive`; `cosine` is 1 − cos."""
     contrastive: NonNegative = 0.0

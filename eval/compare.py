@@ -130,7 +130,7 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
         UserError: if a run is not finished, or their test sets are not of the same images, labels and
         patients.
     """
-    experiment = read_config(first[0] / "config.yaml")
+    experiment = read_config(first[0] / "config.yaml", of_run=True)
     settings, group = experiment.evaluate, group_name(experiment)
     bootstrap = Bootstrap(settings.bootstrap, settings.confidence, settings.seed)
     like, classifier = read_embeddings(first[0], "test"), load(first[0])

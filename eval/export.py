@@ -300,7 +300,7 @@ def _real(predictor: Predictor, images: Sequence[str]) -> list[_Checked]:
     """The first of the images given, or of the run's shard set where it is at hand."""
     if not images:
         config = predictor.run / "config.yaml"
-        shards = load(config).pack.output if config.exists() else ""
+        shards = load(config, of_run=True).pack.output if config.exists() else ""
         images = [shards] if (Path(shards) / MANIFEST).is_file() else []
     found = []
     for image in islice(listing(images, id_columns=predictor.id_columns).images, CHECKED):

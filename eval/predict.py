@@ -158,7 +158,7 @@ class Predictor:
     def id_columns(self) -> tuple[str, ...]:
         """Columns that may hold an image's id in a table, those of the run's own tables first."""
         config = self.run / "config.yaml"
-        sources = load(config).pack.each_source.values() if config.exists() else ()
+        sources = load(config, of_run=True).pack.each_source.values() if config.exists() else ()
         return tuple(dict.fromkeys([*(source.id_column for source in sources), *ID_COLUMNS]))
 
     def encode(self, data: bytes, *, name: str = "") -> Encoded:

@@ -66,7 +66,7 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
             "loss: {mining: semihard}",
             "'random', 'all', 'semi_hard', 'batch_hard' or 'patient_hard', found \"semihard\"",
         ),
-        ("loss: {margin: hard}", "x.yaml: loss.margin: a number above 0 or soft was expected, found 'hard'"),
+        ("loss: {margin: hard}", 'x.yaml: loss.margin: a number above 0 or soft was expected, found "hard"'),
         ("loss: {margin: 0}", "loss.margin: a number above 0 or soft was expected, found 0"),
         ("loader: {augment: {scale: [1]}}", "loader.augment.scale.1: field required"),
         ("pack: {ratios: {train: 0.5}}", "pack.ratios: train + val + test must be 1, found 0.8"),
@@ -172,6 +172,20 @@ def test_dump_and_load_are_inverse(written: Any) -> None:
         "loader.augment.scale=[0.5, 2]",
     )
     assert written(dump(experiment)) == experiment != Experiment()
+
+
+def test_a_runs_own_config_may_be_of_another_release(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "gone: {a: 1}\nloss: {soft_margin: false, margin: 0.3}\npack: {sources: {a: {table: t, far: 1}}}"
+    )
+    with pytest.raises(UserError, match=r"unknown key loss\.soft_margin"):
+        load(path)
+    found = load(path, of_run=True)
+    assert found.loss.margin == 0.3 and set(found.pack.sources) == {"a"}
+    path.write_text("gone: 1\nloss: {margin: wide}")
+    with pytest.raises(UserError, match=r"loss\.margin"):
+        load(path, of_run=True)
 
 
 def test_an_experiment_is_frozen() -> None:
