@@ -147,13 +147,15 @@ def headline(results: dict[str, Any]) -> str:
 def _beside(results: dict[str, Any]) -> list[str]:
     """The models beside the verdict's, and how far they are apart."""
     test, name = results["test"], results["model"]
-    lines = [f"  {'ROC-AUC':<22}{'':<23}{name} less this model; DeLong takes images for independent"]
-    lines.append(f"  {name:<22}{interval(test, 'roc_auc'):<23}gives the verdict")
+    areas = {other: interval(its, "roc_auc") for other, its in {name: test, **test["models"]}.items()}
+    width = max(23, *(len(area) + 2 for area in areas.values()))
+    lines = [f"  {'ROC-AUC':<22}{'':<{width}}{name} less this model; DeLong takes images for independent"]
+    lines.append(f"  {name:<22}{areas[name]:<{width}}gives the verdict")
     for other, its in test["models"].items():
         apart = interval(its["difference"], "roc_auc")
         p = its["difference"].get("delong", {}).get("p")
         remark = "" if p is None else f"  DeLong p {p:.2g}"
-        lines.append(f"  {other:<22}{interval(its, 'roc_auc'):<23}{apart}{remark}")
+        lines.append(f"  {other:<22}{areas[other]:<{width}}{apart}{remark}")
     seeds = test["seeds"].get("roc_auc")
     if seeds and seeds["sd"] is not None:
         title = f"mlp, {len(seeds['values'])} seeds"

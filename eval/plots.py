@@ -214,6 +214,8 @@ def _panels(log: Path) -> list[Panel]:
 
 def _panel(name: str) -> str:
     """The panel of a figure: validation's beside training's."""
+    if name == "val_triplet_loss":
+        return name  # a hinge over all triplets, which training's may not be
     bare = name.removeprefix("val_")
     if "loss" in bare or bare in Loss.model_fields:  # a loss is logged under the name of its weight
         return "loss"

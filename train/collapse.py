@@ -88,8 +88,8 @@ def collapse(figures: dict[str, float], settings: Settings) -> tuple[str, str] |
         gap = figures["distance_negative"] - figures["distance_positive"]
         if abs(gap) < (0.01 if settings.margin == "soft" else 0.1 * settings.margin):
             text = (
-                f"negatives are as near as positives (by {gap:.3f}), so that triplets teach nothing; choose "
-                "a harder loss.mining such as semi_hard, or raise loss.classification"
+                f"negatives are as near as positives (by {gap:.3f}), so that triplets teach nothing; raise "
+                "loss.classification, lower train.lr, or try another loss.mining"
             )
-            return "stuck at the margin", text
+            return "triplets teach nothing" if settings.margin == "soft" else "stuck at the margin", text
     return None

@@ -37,7 +37,7 @@ class Embeddings:
     meta: dict[str, Any]
     """`encoder_sha256`, `shards_sha256`, `classes` (names), `positive` (class index), `embed` (settings)."""
     metadata: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)
-    """Column -> (n,) of `samples.parquet`: the packed size, lesion, source, and the source tables' own."""
+    """Column -> (n,) of `samples.parquet`: sizes, lesion, source, and the source tables' own."""
 
     def group_codes(self) -> NDArray[np.int64]:
         """(n,) the groups as integers from 0, without gaps."""

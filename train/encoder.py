@@ -144,7 +144,7 @@ class Trainer:
         self.guard = Guard(self.bare, device=self.world.device, **limits)
         if "guard" in state:
             self.guard.load(state["guard"])
-        self.skipped = self.guard.check()  # of which the process before has told
+        self.skipped = state.get("skipped_told", 0)
         self.average = Average(self.encoder, self.settings.ema) if self.settings.ema else None
         if self.average and state.get("ema"):
             self.average.load(state["ema"])
@@ -156,6 +156,7 @@ class Trainer:
             "ema": self.average.state() if self.average else {},
             "centroids": self.centroids.state(),
             "guard": self.guard.state(),
+            "skipped_told": self.skipped,
             "meter": self.meter.state(),
             "best": self.best,
         }
@@ -337,6 +338,7 @@ class Trainer:
         self.saver.look()
         figures, skipped = self.meter.read(), self.guard.check()
         if skipped > self.skipped:
+            self.skipped = skipped
             self.tracker.alert(self.progress.step, "not finite", f"steps skipped so far: {skipped}; {REMEDY}")
         figures |= {
             "epoch": self.progress.step / self.steps,

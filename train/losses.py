@@ -57,9 +57,8 @@ def triplet(
 def _all(d_bb: torch.Tensor, pairs: Pairs, margin: float | None) -> Mined:
     """Every triplet; the mean is of those with a loss: Hermans 2017's "batch all", BA≠0.
 
-    A soft margin gives each a loss. A hinge needs no list of them: with an anchor's negatives sorted, those
-    that count for a positive come first, and their sum is a prefix sum's. O(B² log B), where B³ triplets may
-    be.
+    A soft margin gives each a loss: O(B³). A hinge needs no list of them: with an anchor's negatives sorted,
+    those that count for a positive come first, and their sum is a prefix sum's: O(B² log B).
     """
     positives, negatives = pairs.positive.sum(1), pairs.negative.sum(1)
     count = (positives * negatives).sum().clamp(min=1)

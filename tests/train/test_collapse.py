@@ -81,7 +81,7 @@ HEALTHY = {"epoch": 1.5, "spread": 0.6, "distance_positive": 0.4, "distance_nega
         ({}, {}, None),
         ({"spread": 0.04}, {}, "collapse"),
         ({"spread": 0.04, "epoch": 0.9}, {}, None),
-        ({"distance_negative": 0.405}, {}, "stuck at the margin"),
+        ({"distance_negative": 0.405}, {}, "triplets teach nothing"),
         ({"distance_negative": 0.41}, {"margin": 0.2}, "stuck at the margin"),
         ({"distance_negative": 0.405, "epoch": 0.9}, {}, None),
         ({"distance_negative": 0.405}, {"triplet": 0}, None),
