@@ -29,10 +29,12 @@ class Network(nn.Module):
         self.offset: torch.Tensor
         self.register_buffer("temperature", torch.tensor(classifier.temperature))
         self.register_buffer("offset", torch.from_numpy(np.log(classifier.verdict.class_weights)).float())
-        self._symmetries = classifier.symmetries
+        self._symmetries, self._half = classifier.symmetries, classifier.half
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         embeddings = encode(self.encoder, images, symmetries=self._symmetries)
+        if self._half:
+            embeddings = embeddings.half().float()
         return self.log_probabilities(embeddings).exp(), embeddings
 
     def log_probabilities(self, inputs: torch.Tensor) -> torch.Tensor:

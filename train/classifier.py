@@ -87,6 +87,11 @@ class Classifier:
         """Whether embeddings are means over the square's symmetries."""
         return bool((self.made_from["embed"] or {}).get("symmetries"))
 
+    @property
+    def half(self) -> bool:
+        """Whether embeddings are kept in float16, and judged as rounded to it."""
+        return (self.made_from["embed"] or {}).get("dtype") == "float16"
+
     def probabilities(self, vectors: NDArray[np.float32], metadata: Metadata | None = None) -> Floats:
         """The verdict's, as `Calibrated.probabilities`."""
         return self.verdict.probabilities(vectors, metadata)

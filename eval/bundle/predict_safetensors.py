@@ -28,6 +28,8 @@ def load(folder: Path) -> Callable[[Any], Any]:
             views = _views(_square(torch.from_numpy(images)))
             total = torch.stack([F.normalize(encoder(view), dim=1) for view in views]).sum(dim=0)
             embeddings = F.normalize(total, dim=1)
+            if ABOUT["half"]:
+                embeddings = embeddings.half().float()
             mean = torch.stack([member(embeddings) for member in members]).mean(dim=0)
             logits = mean / tensors["temperature"] - tensors["offset"]
             return logits.softmax(dim=1).numpy(), embeddings.numpy()

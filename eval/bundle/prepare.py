@@ -6,6 +6,9 @@ Needs NumPy, Pillow and simplejpeg.
 import io
 import json
 import math
+import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 ABOUT: dict[str, Any] = json.loads((Path(__file__).parent / "bundle.json").read_text(encoding="utf-8"))
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")  # none runs a program
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 Box = tuple[float, float, float, float]
@@ -28,8 +32,19 @@ def tell(run: Callable[[NDArray[np.uint8]], Any], names: Sequence[str]) -> int:
         run: pixels -> probabilities (1, classes), and more.
 
     Returns:
-        0, or 1 if any could not be used.
+        0, 1 if any could not be used or told, or 2 if there are none.
     """
+    if not names:
+        print("usage: python predict.py IMAGE …", file=sys.stderr)
+        return 2
+    try:
+        return _told(run, names)
+    except BrokenPipeError:  # nobody reads on, as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _told(run: Callable[[NDArray[np.uint8]], Any], names: Sequence[str]) -> int:
     status = 0
     for name in names:
         line: dict[str, Any] = {"image": name}
@@ -55,7 +70,7 @@ def _judged(probabilities: list[float]) -> dict[str, Any]:
 def pixels(data: bytes) -> NDArray[np.uint8]:
     """The bytes of an image file -> upright sRGB pixels (1, height, width, 3), made as training's were."""
     encoding = ABOUT["encoding"]
-    with Image.open(io.BytesIO(data)) as image:
+    with _opened(data) as image:
         box, size = _target(image.width, image.height)
         upright = image.getexif().get(ORIENTATION, 1) == 1
         profile = image.info.get("icc_profile")
@@ -84,10 +99,19 @@ def pixels(data: bytes) -> NDArray[np.uint8]:
     )
 
 
+def _opened(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
+
+
 def _through(jpeg: bytes) -> NDArray[np.uint8]:
     """Training's images went through a JPEG too."""
-    rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg)
-    return rgb[None]
+    return np.array(simplejpeg.decode_jpeg(jpeg))[None]
 
 
 def _target(width: int, height: int) -> tuple[Box, tuple[int, int]]:

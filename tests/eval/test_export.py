@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from PIL import Image
 
 from configs.errors import UserError
@@ -38,7 +40,7 @@ runpy.run_path(folder + "/predict.py", run_name="__main__")
 
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHECKED", 3)
+    monkeypatch.setattr(module, "CHECKED", 6)
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +66,8 @@ def test_a_bundle_gives_the_runs_probabilities_without_moleprint(
 ) -> None:
     output = tmp_path / "bundle"
     found = export(finished, kind, output)
-    assert all(d.probability < 1e-5 and d.embedding < 1e-5 and d.images == 3 for d in found.values())
-    assert list(found) == ["random", "real", "files"]  # the run's shard set is at hand
+    assert all(d.probability < 1e-5 and d.embedding < 1e-5 and d.images == 6 for d in found.values())
+    assert list(found) == ["random", "files", "real", "real_files"]  # the run's shard set is at hand
     about = json.loads((output / "bundle.json").read_text())
     assert about["checks"]["real"] == vars(found["real"])
     assert about["sha256"].keys() == {FILES[kind], "README.md", "prepare.py", "predict.py"}
@@ -76,14 +78,22 @@ def test_a_bundle_gives_the_runs_probabilities_without_moleprint(
     damaged, images = tmp_path / "damaged.jpg", [str(path) for path in photographs]
     damaged.write_bytes(photographs[0].read_bytes()[:2000])
     command = [sys.executable, "-I", "-c", ALONE, str(output)]
-    bad = [str(damaged), str(tmp_path / "no.jpg")]
+    (tmp_path / "program.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    (tmp_path / "empty.jpg").touch()
+    bad = [
+        str(damaged),
+        *(str(tmp_path / name) for name in ("no.jpg", "program.jpg", "empty.jpg", "\udcff.jpg")),
+    ]
     done = subprocess.run([*command, *bad, *images], cwd="/", capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1, done.stderr
     assert [line["image"] for line in lines] == [*bad, *images]
-    assert all(line.keys() == {"image", "error"} and line["error"] for line in lines[:2])
+    assert all(line.keys() == {"image", "error"} and line["error"] for line in lines[: len(bad)])
+    assert lines[2]["error"].startswith("not an image of a known format")  # no reader that runs it
     predictions = Predictor(finished, device="cpu").predict(photographs)
-    for line, prediction in zip(lines[2:], predictions, strict=True):
+    for line, prediction in zip(lines[len(bad) :], predictions, strict=True):
         assert line["verdict"] == prediction.verdict
         assert line["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
 
@@ -117,10 +127,40 @@ def test_a_bundle_sees_the_pixels_that_packing_would_have_made(resize: str, tmp_
         prepare(file.getvalue())
 
 
+def test_a_bundles_script_ends_quietly_without_work_or_a_reader(tmp_path: Path) -> None:
+    shutil.copy(module.TEMPLATES / "prepare.py", tmp_path)
+    about = {
+        "encoding": {"resize": "none", "size": 8},
+        "classes": ["a", "b"],
+        "positive": "b",
+        "threshold": 0.5,
+    }
+    (tmp_path / "bundle.json").write_text(json.dumps(about))
+    (tmp_path / "a.jpg").write_bytes(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
+    script = "import sys, prepare, numpy; sys.exit(prepare.tell(lambda p: [numpy.eye(2)], sys.argv[1:]))"
+    command = shlex.join([sys.executable, "-W", "error", "-c", script])
+
+    def done(line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    usage = "usage: python predict.py IMAGE …\n"
+    assert (none := done(command)).returncode == 2 and (none.stdout, none.stderr) == ("", usage)
+    line = {"image": "a.jpg", "verdict": "a", "probabilities": {"a": 1.0, "b": 0.0}}
+    head = done(f"{command} {'a.jpg ' * 3000} | head -1")
+    assert (json.loads(head.stdout), head.stderr) == (line, "")
+
+
+def test_embeddings_kept_in_half_are_judged_as_kept(finished: Path) -> None:
+    predictor = Predictor(finished, device="cpu")
+    predictor.classifier.made_from["embed"]["dtype"] = "float16"
+    (_, vectors) = predictor.network(torch.rand(2, 3, 64, 64))
+    assert predictor.classifier.half and torch.equal(vectors, vectors.half().float())
+
+
 def test_the_differences_are_said() -> None:
     assert said({"random": Difference(16, 1.5e-7, 2e-6), "real": Difference(3, 0.25, 0)}) == (
         "largest difference from the run: 1.5e-07 in probability, 2.0e-06 in embedding (16 random images); "
-        "2.5e-01 in probability, 0.0e+00 in embedding (3 real ones)"
+        "2.5e-01 in probability, 0.0e+00 in embedding (3 real images)"
     )
 
 

@@ -156,7 +156,7 @@ def test_a_run_is_exported(folder: Path, moleprint, tmp_path: Path) -> None:  # 
     done = moleprint("export", folder / "run", "--format", "safetensors", "--output", output)
     assert done.status == 0, done.err
     assert re.search(r"largest difference from the run: \d\.\de-\d\d in probability.*random images", done.out)
-    assert "16 real ones" in done.out and "drawn by a computer" in (output / "README.md").read_text()
+    assert "16 real images" in done.out and "drawn by a computer" in (output / "README.md").read_text()
 
 
 def test_bench_writes_its_rows(  # type: ignore[no-untyped-def]
