@@ -1,6 +1,7 @@
 """The figures of parts of a split: by sex, age, site, size of the image, source, or any column."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ SMALL = 10
 MOST = 12
 """Values of a column at most; the rarest are taken together as `other`."""
 AGES = ((30, "under 30"), (50, "30 to 49"), (70, "50 to 69"), (np.inf, "70 and over"))
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 UNKNOWN, OTHER = "unknown", "other"
 SIZE = "image_size"
 
@@ -105,7 +107,8 @@ def _common(values: Sequence[str]) -> list[str]:
     return [value if value in kept else OTHER for value in values]
 
 
-def _place(value: str) -> tuple[int, str]:
-    """Ages in their order, the rest by name; `other` and `unknown` last."""
+def _place(value: str) -> tuple[int, list[float], str]:
+    """Ages in their order, the rest by the numbers in them and by name; `other` and `unknown` last."""
     bands = [band for _, band in AGES]
-    return bands.index(value) if value in bands else len(bands) + (value in (UNKNOWN, OTHER)), value
+    rank = bands.index(value) if value in bands else len(bands) + (value in (UNKNOWN, OTHER))
+    return rank, [float(number) for number in NUMBER.findall(value)], value

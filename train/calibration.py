@@ -45,14 +45,13 @@ def choose_threshold(
 ) -> float:
     """The operating point: positive is called where score >= threshold.
 
-    It is one of the scores, or just above the highest where calling nothing is best. Where several are as
-    good, it is the highest, which calls the fewest.
+    It lies midway between the lowest score that is called and the next, so that no rounding turns a sample's
+    call. Where several are as good, it is the highest, which calls the fewest.
 
     Args:
         scores: (n,) probability of the positive class.
         positives: (n,) whether a sample is of that class; both kinds must be there.
         rule: `youden` maximises sensitivity + specificity (Youden 1950); `sensitivity` is the highest
-        threshold
             that reaches `sensitivity`; `specificity` is the lowest that reaches `specificity`; `cost`
             minimises `cost` × missed + false alarms among these samples; `half` is 0.5.
         sensitivity, specificity: what the rules of these names ask for, 0..1.
@@ -61,7 +60,9 @@ def choose_threshold(
     if rule == "half":
         return 0.5
     distinct, where = np.unique(-scores, return_inverse=True)  # highest first
-    candidates = np.append(np.nextafter(scores.max(), np.inf), -distinct)
+    edges = np.concatenate([[max(1.0, np.nextafter(-distinct[0], np.inf))], -distinct, [0.0]])
+    candidates = (edges[:-1] + edges[1:]) / 2
+    candidates = np.where(candidates > edges[1:], candidates, edges[:-1])  # of neighbours the middle is one
     caught = np.append(0, np.cumsum(np.bincount(where, positives))).astype(np.int64)
     alarms = np.append(0, np.cumsum(np.bincount(where, ~positives))).astype(np.int64)
     if rule == "sensitivity":

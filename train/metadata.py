@@ -27,6 +27,8 @@ ROLES = {
 }
 """Role -> the columns that may tell it, the first that does goes first."""
 MISSING = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})
+OF_PACKING = frozenset({"width", "height", "original_width", "original_height", "lesion", "source"})
+"""What packing says of a sample, and nothing says of an image that is new."""
 NUMBERS = frozenset({"age"})
 """Roles that are numbers, however a table writes them."""
 
@@ -56,11 +58,10 @@ class Category:
     values: tuple[str, ...]
 
     def encode(self, values: Sequence[Any]) -> NDArray[np.float32]:
-        """(n,) texts or None -> (n, values + 1), in whatever case they are written."""
-        codes = {value.casefold(): code for code, value in enumerate(self.values)}
+        """(n,) -> (n, values + 1)."""
+        codes = {value.lower(): code for code, value in enumerate(self.values)}
         unknown = len(self.values)
-        rows = [unknown if value is None else codes.get(value.casefold(), unknown) for value in values]
-        return np.eye(unknown + 1, dtype=np.float32)[rows]
+        return np.eye(unknown + 1, dtype=np.float32)[[codes.get(value, unknown) for value in values]]
 
 
 @dataclass(frozen=True)
@@ -105,39 +106,43 @@ class Inputs:
 
 def read(metadata: Metadata, name: str, *, number: bool | None = None) -> list[Any] | None:
     """(n,) values of a role or a column: floats or texts, None where missing; None where no column tells
-    it. Texts that differ in case alone are one value, as it was first written.
+    it. Texts are in lower case, and columns go by any: tables write both as they like.
 
     Args:
         number: floats are wanted, else texts, whatever the column holds: a table may write numbers as text,
             and what is no number is missing then. None: as `is_number` says.
     """
-    columns = [metadata[column] for column in ROLES.get(name, (name,)) if column in metadata]
+    columns = _columns(metadata, name)
     if not columns:
         return None
-    if is_number(metadata, name) if number is None else number:
-        return _first([_numbers(column) for column in columns])
-    spelling: dict[str, str] = {}
-    return [
-        None if text is None else spelling.setdefault(text.casefold(), text)
-        for text in _first([_texts(column) for column in columns])
-    ]
+    as_numbers = is_number(metadata, name) if number is None else number
+    return _first([(_numbers if as_numbers else _texts)(column) for column in columns])
 
 
 def is_number(metadata: Metadata, name: str) -> bool:
     """Whether `read` gives numbers."""
     if name in NUMBERS:
         return True
-    types = [metadata[column].type for column in ROLES.get(name, (name,)) if column in metadata]
+    types = [column.type for column in _columns(metadata, name)]
     return all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in types)
+
+
+def _columns(metadata: Metadata, name: str) -> list[pa.ChunkedArray]:
+    """What may tell a role or is a column, in whatever case it is written."""
+    lower = {column.lower(): values for column, values in metadata.items()}
+    wanted = ROLES.get(name, (name.lower(),))
+    return [lower[column] for column in wanted if column in lower]
 
 
 def _fit(metadata: Metadata, name: str) -> Number | Category:
     values = read(metadata, name)
-    if values is None:
-        has = (
-            ", ".join(dict.fromkeys([*(role for role in ROLES if read(metadata, role)), *metadata])) or "none"
+    if values is None or name.lower() in OF_PACKING:
+        roles, own = (
+            (role for role in ROLES if read(metadata, role)),
+            (c for c in metadata if c not in OF_PACKING),
         )
-        raise UserError(f"classifier.metadata: no column tells '{name}'; the shard set has: {has}")
+        has = ", ".join(dict.fromkeys([*roles, *own])) or "none"
+        raise UserError(f"classifier.metadata: no column of the tables tells '{name}'; they have: {has}")
     known = [value for value in values if value is not None]
     if not is_number(metadata, name):
         return Category(name, tuple(sorted(set(known))))
@@ -166,5 +171,5 @@ def _number(value: Any) -> float | None:
 
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    texts = pc.utf8_trim_whitespace(column.cast(pa.string())).to_pylist()
-    return [text if text is not None and text.lower() not in MISSING else None for text in texts]
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(column.cast(pa.string()))).to_pylist()
+    return [text if text is not None and text not in MISSING else None for text in texts]

@@ -146,7 +146,7 @@ def test_a_split_is_judged_with_all_that_is_beside_it(tmp_path):
         np.mean([found["embedding"][f"recall_at_1.{name}"]["value"] for name in META["classes"]])
     )
     assert set(found["subgroups"]) == {"sex", "image_size"}  # no age, no site, no source in these data
-    assert list(found["subgroups"]["image_size"]) == ["100×100", "100×75"]
+    assert list(found["subgroups"]["image_size"]) == ["100×75", "100×100"]  # by pixels, not by letters
     assert found["patients"]["groups"] == 40 and 0 < found["ugly_duckling"]["groups"] <= 40
     learned = judge(
         read_embeddings(tmp_path, "train"), classifier, experiment.evaluate, "patient", learned_from=True

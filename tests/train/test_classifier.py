@@ -78,13 +78,29 @@ def test_thresholds_equal_brute_force(seed):
         called = scores >= threshold
         return (called & positives).sum() / positives.sum(), (called & ~positives).sum() / (~positives).sum()
 
+    def middle(score):
+        return (score + max((s for s in scores if s < score), default=0)) / 2
+
     best = max(round(rates(t)[0] - rates(t)[1], 9) for t in scores)
     youden = max(t for t in scores if round(rates(t)[0] - rates(t)[1], 9) == best)
-    assert choose_threshold(scores, positives, "youden") == youden
+    assert choose_threshold(scores, positives, "youden") == middle(youden)
     for wanted in (0.0, 0.5, 0.9, 1.0):
         highest = max(t for t in scores if rates(t)[0] >= wanted)
-        assert choose_threshold(scores, positives, "sensitivity", sensitivity=wanted) == highest
+        found = choose_threshold(scores, positives, "sensitivity", sensitivity=wanted)
+        assert found == middle(highest) and rates(found) == rates(highest)
     assert choose_threshold(scores, positives, "half") == 0.5
+
+
+def test_a_threshold_keeps_off_the_scores():
+    """Or the rounding of another batch, machine or bundle would turn the call of the sample that it is."""
+    scores, positives = np.array([0.1, 0.3, 0.4, 0.8]), np.array([False, False, True, True])
+    assert choose_threshold(scores, positives, "youden") == pytest.approx(0.35)
+    assert choose_threshold(scores, ~positives, "cost", cost=0.0) == pytest.approx(0.9)  # calls nothing
+    assert choose_threshold(scores, ~positives, "sensitivity", sensitivity=1.0) == pytest.approx(0.05)
+    close = np.array([0.5, np.nextafter(0.5, 1)])
+    found = choose_threshold(close, np.array([False, True]), "youden")
+    assert (close >= found).tolist() == [False, True]
+    assert choose_threshold(np.array([0.2, 1.0]), np.array([True, False]), "cost", cost=0.0) > 1
 
 
 def test_temperature_is_the_best_on_a_fine_grid():
