@@ -86,6 +86,7 @@ def places(folder: Path, few: list[Path]) -> Iterator[tuple[list[str], dict]]:
         shutil.copy(path, folder / "deep" / ("er" if number % 2 else "."))
     yield [str(folder / "deep")], {}
     yield [str(folder / "deep" / "**" / "TINY_*.jpg")], {}
+    yield [str(folder / "deep" / "**")], {}
     yield [str(path) for path in few], {}
     ids = [path.stem for path in few]
     (folder / "paths.csv").write_text("path\n" + "".join(f"{path}\n" for path in few))
