@@ -2,6 +2,7 @@
 
 import base64
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,9 +81,13 @@ def shard_set(experiment: Experiment, sha256: str) -> ShardSet | None:
     """The shard set that a run was made from; None where it is not at hand: a report does without."""
     try:
         shards = ShardSet.of(experiment)
-    except UserError:
-        return None
-    return shards if shards.sha256 == sha256 else None
+        if shards.sha256 == sha256:
+            return shards
+        reason = f"{shards.folder}: another shard set than the run's"
+    except UserError as error:
+        reason = str(error)
+    print(f"a report without pictures of lesions: {reason}", file=sys.stderr)
+    return None
 
 
 def mistakes(

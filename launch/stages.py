@@ -150,15 +150,15 @@ def _classified(call: Call) -> bool:
 
 def evaluate(call: Call) -> None:
     """Figures with intervals, and the report."""
+    from eval.evaluate import check_settings, headline
     from eval.evaluate import evaluate as report
-    from eval.evaluate import headline
     from shards.files import read_json
     from train import runfolder
     from train.classifier import load as load_classifier
     from train.tracking import Tracker
 
     run = call.experiment.run.folder
-    load_classifier(run)  # no run folder is made for a run that is not there
+    check_settings(call.experiment, load_classifier(run).made_from)  # before the folder says otherwise
     notice = read_json(run / "encoder.json", "moleprint train CONFIG").get("notice", "")
     with runfolder.locked(run), Tracker(call.experiment, "evaluate") as tracker:
         runfolder.describe(call.experiment)

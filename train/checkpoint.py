@@ -108,16 +108,24 @@ def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return defaults | given | nested
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """`section.key` -> a line that tells how it differs."""
+    before, after = _leaves(old), _leaves(new)
+    return {
+        key: f"  {key}: {before.get(key, 'unknown')} → {after.get(key, 'unknown')}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    }
+
+
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], allowed: Iterable[str]) -> None:
     """Raises UserError, a line a difference, if a run would go on as another one."""
-    before, after = _leaves(old), _leaves(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    refused = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]
+    found = differences(old, new)
+    refused = [key for key in found if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]
     if refused:
-        lines = [f"  {key}: {before.get(key, 'unknown')} → {after.get(key, 'unknown')}" for key in refused]
         raise UserError(
             f"{folder}: holds checkpoints of another configuration, differing in\n"
-            + "\n".join(lines)
+            + "\n".join(found[key] for key in refused)
             + "\nchoose another run.folder, or go on all the same with "
             + f"train.allow_changed=[{','.join(refused)}]"
         )

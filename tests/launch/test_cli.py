@@ -102,6 +102,27 @@ def test_run_repeats_only_what_changed(folder: Path, moleprint, tmp_path: Path) 
     assert "dropout: 0.1" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_a_report_is_of_the_settings_it_tells(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(folder / "run", tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    others = (
+        "loss.margin=0.2",
+        "classifier.threshold=half",
+        "embed.symmetries=true",
+        "loss.schedule={random: 0.5}",
+    )
+    done = moleprint("evaluate", DEMO, *tiny(folder), f"run.folder={tmp_path}/run", *others)
+    assert done.status == 2 and "was made with other settings" in done.err
+    for line in (
+        "loss.margin: soft → 0.2",
+        "classifier.threshold: youden → half",
+        "embed.symmetries: False → True",
+    ):
+        assert f"  {line}\n" in done.err
+    assert "loss.schedule" in done.err and "moleprint run CONFIG" in done.err
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
 def test_drawn_data_are_called_so_whatever_the_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     shutil.copytree(folder / "run", tmp_path / "run")
     done = moleprint("evaluate", DEMO, *tiny(folder), f"run.folder={tmp_path}/run", "synthetic=null")
