@@ -49,11 +49,9 @@ def _told(run: Callable[[NDArray[np.uint8]], Any], names: Sequence[str]) -> int:
     for name in names:
         line: dict[str, Any] = {"image": name}
         try:
-            shown = pixels(Path(name).read_bytes())
+            line |= _judged(run(pixels(Path(name).read_bytes()))[0][0].tolist())
         except Exception as error:  # damaged bytes make decoders raise almost anything
             status, line["error"] = 1, " ".join(str(error).split()) or type(error).__name__
-        else:
-            line |= _judged(run(shown)[0][0].tolist())
         print(json.dumps(line), flush=True)
     return status
 
@@ -75,7 +73,8 @@ def pixels(data: bytes) -> NDArray[np.uint8]:
         upright = image.getexif().get(ORIENTATION, 1) == 1
         profile = image.info.get("icc_profile")
         if image.format in ("JPEG", "MPO") and image.mode in SPACES:
-            if image.mode == "RGB" and upright and not profile and size == image.size:
+            whole = (encoding["size"],) * 2 if encoding["resize"] == "pad" else size
+            if image.mode == "RGB" and upright and not profile and whole == image.size:
                 return _through(data)
             needed = max(size[0] / (box[2] - box[0]), size[1] / (box[3] - box[1]))
             scaled, scale = _decoded(data, image, needed)

@@ -116,6 +116,7 @@ def test_a_bundle_sees_the_pixels_that_packing_would_have_made(resize: str, tmp_
         (rgb.quantize(20), "GIF", {"transparency": 3}),
         (rgb.convert("1"), "PNG", {}),
         (rgb.convert("CMYK"), "JPEG", {}),
+        *((rgb.resize(size), "JPEG", {}) for size in ((48, 30), (30, 48), (48, 48), (20, 12), (60, 48))),
     ):
         file = io.BytesIO()
         image.save(file, kind, **options)
@@ -137,7 +138,8 @@ def test_a_bundles_script_ends_quietly_without_work_or_a_reader(tmp_path: Path) 
     }
     (tmp_path / "bundle.json").write_text(json.dumps(about))
     (tmp_path / "a.jpg").write_bytes(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
-    script = "import sys, prepare, numpy; sys.exit(prepare.tell(lambda p: [numpy.eye(2)], sys.argv[1:]))"
+    script = "import sys, numpy; sys.path.insert(0, '.'); import prepare; "
+    script += "sys.exit(prepare.tell(lambda p: [numpy.eye(2)], sys.argv[1:]))"
     command = shlex.join([sys.executable, "-W", "error", "-c", script])
 
     def done(line: str) -> subprocess.CompletedProcess[str]:
