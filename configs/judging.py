@@ -56,8 +56,8 @@ class Classifier(Section):
     loss, `sampling` of as many from each class in every epoch, or `undersampling`, all classes cut to the
     size of the rarest. The probabilities are brought back to the prevalence of the data."""
     metadata: tuple[str, ...] = ()
-    """Extra inputs of the MLP and of logistic regression: age, sex, site, or columns of the shard set. What
-    is missing is marked, and filled with train's median or `unknown`."""
+    """Extra inputs of the MLP and of logistic regression: age, sex, site, or columns of the source tables.
+    What is missing is marked, and filled with train's median or `unknown`."""
     folds: CountOrAuto = 5
     """Folds of train + val, by patient, for cross-validation, which chooses hyper-parameters: 4 or more, or
     0 for none. There are fewer where too few patients have a melanoma, and none where fewer than 4 have."""

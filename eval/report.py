@@ -27,8 +27,8 @@ PAGE = "index.html"
 TEMPLATES = Path(__file__).parent / "templates"
 RULES = {
     "youden": "the largest sum of sensitivity and specificity",
-    "sensitivity": "the highest that reaches the sensitivity asked for",
-    "specificity": "the lowest that reaches the specificity asked for",
+    "sensitivity": "the fewest calls that reach the sensitivity asked for",
+    "specificity": "the most calls that keep the specificity asked for",
     "cost": "the least cost of missed and falsely called images",
     "half": "fixed at 0.5",
 }

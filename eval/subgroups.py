@@ -16,7 +16,7 @@ SMALL = 10
 MOST = 12
 """Values of a column at most; the rarest are taken together as `other`."""
 AGES = ((30, "under 30"), (50, "30 to 49"), (70, "50 to 69"), (np.inf, "70 and over"))
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?")
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 UNKNOWN, OTHER = "unknown", "other"
 SIZE = "image_size"
 

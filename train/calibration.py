@@ -45,14 +45,14 @@ def choose_threshold(
 ) -> float:
     """The operating point: positive is called where score >= threshold.
 
-    It lies midway between the lowest score that is called and the next, so that no rounding turns a sample's
-    call. Where several are as good, it is the highest, which calls the fewest.
+    It lies midway between the lowest score that is called and the next, so that rounding does not turn that
+    sample's call. Where several calls are as good, it calls the fewest.
 
     Args:
         scores: (n,) probability of the positive class.
         positives: (n,) whether a sample is of that class; both kinds must be there.
-        rule: `youden` maximises sensitivity + specificity (Youden 1950); `sensitivity` is the highest
-            that reaches `sensitivity`; `specificity` is the lowest that reaches `specificity`; `cost`
+        rule: `youden` maximises sensitivity + specificity (Youden 1950); `sensitivity` calls the
+            fewest that reach `sensitivity`; `specificity` the most that keep `specificity`; `cost`
             minimises `cost` × missed + false alarms among these samples; `half` is 0.5.
         sensitivity, specificity: what the rules of these names ask for, 0..1.
         cost: how many false alarms one missed positive weighs.

@@ -75,7 +75,7 @@ class Inputs:
         """Of the training samples' metadata.
 
         Raises:
-            UserError: if a name is neither a role that a column tells nor a column.
+            UserError: if a name is neither a role that a column tells nor a column of the source tables.
         """
         return cls(tuple(_fit(metadata, name) for name in names))
 
@@ -128,15 +128,21 @@ def is_number(metadata: Metadata, name: str) -> bool:
 
 
 def _columns(metadata: Metadata, name: str) -> list[pa.ChunkedArray]:
-    """What may tell a role or is a column, in whatever case it is written."""
-    lower = {column.lower(): values for column, values in metadata.items()}
-    wanted = ROLES.get(name, (name.lower(),))
-    return [lower[column] for column in wanted if column in lower]
+    """What may tell a role or is a column, in whatever case it is written, as it was asked for first."""
+    if name in OF_PACKING:
+        return [metadata[name]] if name in metadata else []
+    wanted = [*ROLES.get(name, (name,))]
+    found = [column for column in wanted if column in metadata]
+    for like in wanted:
+        found += [
+            column for column in metadata if column.lower() == like.lower() and column not in OF_PACKING
+        ]
+    return [metadata[column] for column in dict.fromkeys(found)]
 
 
 def _fit(metadata: Metadata, name: str) -> Number | Category:
     values = read(metadata, name)
-    if values is None or name.lower() in OF_PACKING:
+    if values is None or name in OF_PACKING:
         roles, own = (
             (role for role in ROLES if read(metadata, role)),
             (c for c in metadata if c not in OF_PACKING),

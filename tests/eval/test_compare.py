@@ -13,7 +13,7 @@ from configs.schema import Experiment
 from eval.compare import compare, said
 from eval.judge import judge
 from eval.metrics import Bootstrap
-from eval.subgroups import SMALL, banded, subgroups
+from eval.subgroups import SMALL, _place, banded, subgroups
 from launch.cli import main
 from train.classifier import load
 from train.classify import fit
@@ -196,4 +196,6 @@ def test_values_are_banded():
         *("0 to 24.75", "24.75 to 49.5", "49.5 to 74.25", "74.25 to 99", "unknown")
     ]
     assert banded({"stage": column([1, 2, None])}, "stage") == ["1", "2", "unknown"]
+    in_order = ["under 30", "9 to 10", "10 to 20", "100×75", "100×100", "isic-2018", "isic-2020", "other"]
+    assert sorted(set(in_order), key=_place) == in_order
     assert banded({}, "image_size") == banded({}, "age") == []

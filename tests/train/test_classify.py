@@ -323,6 +323,13 @@ def test_a_role_is_read_from_whichever_column_tells_it():
     assert read({"localization": column([" back ", "unknown"])}, "site") == ["back", None]
     sexes = {"sex": column(["Male", "male", None, "NA"]), "gender": column([None, None, "MALE", "female"])}
     assert read(sexes, "sex") == ["male", "male", "male", "female"]
+    assert read({"SEX": column([None, "f"]), "sex": column(["m", "x"])}, "sex") == ["m", "x"]
+    assert read({"SEX": column([None, "f"]), "sex": column(["m", None])}, "sex") == ["m", "f"]
+    both = {"source": column(["isic", "ham"]), "Source": column(["x", "x"])}
+    assert read(both, "source") == ["isic", "ham"] and read(both, "Source") == ["x", "x"]
+    assert Inputs.fit(both, ("Source",)).fields
+    with pytest.raises(UserError, match="no column of the tables tells 'source'; they have: Source"):
+        Inputs.fit(both, ("source",))
     assert read({"Sex": column(["F"])}, "sex") == read({"Sex": column(["F"])}, "SEX") == ["f"]
     assert read(metadata, "site") is None
 
