@@ -106,8 +106,8 @@ def _parts(word: str, images: str | None, id_columns: Sequence[str]) -> list[Lis
         return [_shard(url) for url in expand(word)]
     if glob.has_magic(word):
         matches = sorted(glob.glob(word, recursive=True))  # noqa: PTH207 - as a shell reads it
-        if "**" in word:  # which finds what is in a folder beside the folder
-            matches = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
+        if path.name == "**":  # which finds folders, and beside them all that is in them
+            matches = [match for match in matches if not os.path.isdir(match)] or matches[:1]  # noqa: PTH112
         if not matches:
             raise UserError(f"{word}: nothing has such a name; correct the pattern")
         return [part for match in matches for part in _parts(match, images, id_columns)]

@@ -87,6 +87,8 @@ def places(folder: Path, few: list[Path]) -> Iterator[tuple[list[str], dict]]:
     yield [str(folder / "deep")], {}
     yield [str(folder / "deep" / "**" / "TINY_*.jpg")], {}
     yield [str(folder / "deep" / "**")], {}
+    yield [f"{folder}/deep/**/"], {}
+    yield [f"{folder}/deep/*.jpg", f"{folder}/deep/**/er"], {}
     yield [str(path) for path in few], {}
     ids = [path.stem for path in few]
     (folder / "paths.csv").write_text("path\n" + "".join(f"{path}\n" for path in few))
