@@ -68,12 +68,9 @@ def load(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> 
         except UserError as error:
             problems.append(str(error))
     try:
-        experiment = _checked(raw)
+        experiment = _checked(_known(raw) if of_run else raw)
     except ValidationError as error:
-        details = error.errors()
-        if of_run and all(detail["type"] == "extra_forbidden" for detail in details):
-            return _checked(_without(raw, [detail["loc"] for detail in details]))
-        problems += [_explain(detail, path, source) for detail in details]
+        problems += [_explain(detail, path, source) for detail in error.errors()]
     if problems:
         raise UserError("\n".join(problems))
     return experiment
@@ -83,12 +80,16 @@ def _checked(raw: dict[str, Any]) -> Experiment:
     return Experiment.model_validate_json(json.dumps(raw, default=str), strict=True)
 
 
-def _without(raw: dict[str, Any], places: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
-    for *sections, key in places:
-        target = raw
-        for section in sections:
-            target = target[str(section)]
-        del target[str(key)]
+def _known(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same without unknown keys."""
+    try:
+        _checked(raw)
+    except ValidationError as error:
+        for *sections, key in (d["loc"] for d in error.errors() if d["type"] == "extra_forbidden"):
+            target = raw
+            for section in sections:
+                target = target[str(section)]
+            del target[str(key)]
     return raw
 
 

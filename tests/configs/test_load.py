@@ -186,6 +186,9 @@ def test_a_runs_own_config_may_be_of_another_release(tmp_path: Path) -> None:
     path.write_text("gone: 1\nloss: {margin: wide}")
     with pytest.raises(UserError, match=r"loss\.margin"):
         load(path, of_run=True)
+    path.write_text("loader: {gone: 1, classes_per_batch: 1}")  # which is told once the section can be read
+    with pytest.raises(UserError, match=r"classes_per_batch"):
+        load(path, of_run=True)
 
 
 def test_an_experiment_is_frozen() -> None:
