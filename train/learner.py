@@ -110,14 +110,17 @@ class Learner(nn.Module):
 
         def run(images: torch.Tensor) -> torch.Tensor:
             with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
-                return self.encoder.features(images)
+                try:
+                    return self.encoder.features(images)
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise UserError(
+                        "a batch norm cannot learn of one image at a time: set train.micro_batch (or "
+                        "loader.global_batch / ranks) to 2 or more, or model.projection=linear"
+                    ) from None
 
         count = self._micro_batch or len(images)
-        if count == 1 and any(isinstance(part, nn.BatchNorm1d) for part in self.encoder.backbone.modules()):
-            raise UserError(
-                "the projection's batch norm cannot learn of one image at a time: set train.micro_batch (or "
-                "loader.global_batch / ranks) to 2 or more, or model.projection=linear"
-            )
         if count >= len(images):
             return run(images)
         if len(images) % count:

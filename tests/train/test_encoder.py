@@ -124,6 +124,28 @@ def test_bad_steps_are_skipped_and_then_end_the_run(
     assert "not finite" not in capsys.readouterr().err
 
 
+def test_a_skipped_step_is_told_of_by_the_next_process_if_this_one_could_not(
+    tiny_experiment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = encoder.Trainer.train_step
+
+    def poisoned(trainer: encoder.Trainer, batch: Any) -> Any:
+        if trainer.progress.step == 0:
+            batch.images[3, 0, 0, 0] = math.nan
+        if trainer.progress.step == 2:
+            raise KeyboardInterrupt  # after step 2 is saved, before a line is logged
+        return plain(trainer, batch)
+
+    settings = {"epochs": 1, "patience": 0, "probe_images": 0, "checkpoint_every": 2}
+    experiment = tiny_experiment(tmp_path / "run", train=settings, tracking={"log_every": 100})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoder.Trainer, "train_step", poisoned)
+        encoder.run(experiment, World())
+    assert "not finite" not in capsys.readouterr().err
+    encoder.run(experiment, World())
+    assert "not finite: steps skipped so far: 1" in capsys.readouterr().err
+
+
 def test_damage_is_counted_over_all_ranks(tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample once, however many ranks met it."""
     source = Source(tiny_shards, max_bad=3 / len(tiny_shards))

@@ -202,7 +202,7 @@ def test_activations_of_one_micro_batch_are_held_at_a_time() -> None:
 
 def test_micro_batches_must_share_the_batch() -> None:
     alone = learner(SUM, micro_batch=1)
-    alone.encoder.backbone.projection = nn.BatchNorm1d(DIM)
+    alone.encoder.backbone.layers.append(nn.BatchNorm1d(DIM))
     with pytest.raises(UserError, match=r"batch norm cannot learn of one image .* train\.micro_batch"):
         alone(**given())
     with pytest.raises(UserError, match=r"train\.micro_batch=5 does not divide the 16 images of a rank"):
