@@ -5,7 +5,6 @@ shell:  moleprint evaluate configs/demo.yaml
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +17,10 @@ from eval import report
 from eval.compare import group_name, interval
 from eval.judge import judge
 from eval.metrics import Floats, decide
-from shards.files import read_json, replacing, write_json
-from shards.shardset import SPLITS
-from train import checkpoint
+from shards.describe import check_made_by
+from shards.files import replacing, write_json
+from shards.shardset import SPLITS, ShardSet
+from train import result
 from train.classifier import Classifier, load
 from train.embeddings import Embeddings, embeddings_path, read_embeddings
 
@@ -63,7 +63,7 @@ def evaluate(
     classifier = load(run)
     data = {split: read_embeddings(run, split) for split in SPLITS}
     _check(data, classifier, run)
-    check_settings(experiment, classifier.made_from)
+    check_settings(experiment, classifier)
     results = _about(experiment, classifier, notice)
     total = sum(len(d.keys) for d in data.values())
     with tqdm(total=total, unit="image", desc="evaluate", disable=not progress) as bar:
@@ -184,6 +184,22 @@ def _about(experiment: Experiment, classifier: Classifier, notice: str) -> dict[
     }
 
 
+def check_settings(experiment: Experiment, classifier: Classifier) -> None:
+    """Make sure that the settings, which the report tells, are those that all of the run was made with.
+
+    Raises:
+        UserError: naming what differs; of the shard set only where it is at hand.
+    """
+    made = classifier.made_from
+    result.check_settings(experiment, {"embed": made["embed"] or {}, "classifier": made["settings"]})
+    try:
+        shards = ShardSet.of(experiment)
+    except UserError:
+        return
+    if shards.sha256 == made["shards_sha256"]:
+        check_made_by(shards.manifest, experiment.pack, shards.folder)
+
+
 def _check(data: dict[str, Embeddings], classifier: Classifier, run: Path) -> None:
     """Everything belongs together, and no group lies in two splits."""
     for split, embeddings in data.items():
@@ -204,41 +220,6 @@ def _check(data: dict[str, Embeddings], classifier: Classifier, run: Path) -> No
                 f"{run / 'embeddings'}: {len(shared)} groups lie both in {one} and in {other}, such as "
                 f"'{shared[0]}', so the figures would flatter; pack again with `moleprint pack CONFIG`"
             )
-
-
-def check_settings(experiment: Experiment, made_from: Mapping[str, Any]) -> None:
-    """Make sure that the settings, which the report tells, are those that the run was made with.
-
-    Args:
-        made_from: what the classifier says that it was made from.
-
-    Raises:
-        UserError: a line a difference. A setting that the run's release did not know yet, or that is gone
-            since, is none.
-    """
-    path = experiment.run.folder / "encoder.json"
-    about = read_json(path, "moleprint train CONFIG") if path.exists() else {}
-    made = {"classifier": made_from["settings"], "embed": made_from["embed"] or {}}
-    if "made_from" in about:
-        made |= checkpoint.completed(about["made_from"])
-    now = json.loads(checkpoint.fingerprint(experiment, made_from["shards_sha256"]))
-    now |= {name: getattr(experiment, name).model_dump(mode="json") for name in ("classifier", "embed")}
-    lines = checkpoint.differences(_common(made, now), _common(now, made)).values()
-    if lines:
-        raise UserError(
-            f"{experiment.run.folder}: was made with other settings, which its report would not tell:\n"
-            + "\n".join(lines)
-            + "\ngive those that it was made with, or make it anew with `moleprint run CONFIG`"
-        )
-
-
-def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each section, the keys that the other has too."""
-    return {
-        section: {key: value for key, value in keys.items() if key in other[section]}
-        for section, keys in one.items()
-        if section in other
-    }
 
 
 def _write_predictions(path: Path, test: Embeddings, probabilities: Floats, classifier: Classifier) -> None:

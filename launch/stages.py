@@ -132,9 +132,11 @@ def classify(call: Call) -> None:
     from train import runfolder
     from train.classify import fit, summary
     from train.embeddings import read_meta
+    from train.result import check_settings
     from train.tracking import Tracker
 
-    read_meta(call.experiment.run.folder, "train")  # no run folder is made for a run that is not there
+    meta = read_meta(call.experiment.run.folder, "train")  # no run folder is made for a run that is not there
+    check_settings(call.experiment, {"embed": meta.get("embed") or {}})
     with runfolder.locked(call.experiment.run.folder), Tracker(call.experiment, "classifier") as tracker:
         runfolder.describe(call.experiment)
         record = fit(call.experiment, tracker=tracker)
@@ -158,7 +160,7 @@ def evaluate(call: Call) -> None:
     from train.tracking import Tracker
 
     run = call.experiment.run.folder
-    check_settings(call.experiment, load_classifier(run).made_from)  # before the folder says otherwise
+    check_settings(call.experiment, load_classifier(run))  # before the folder says otherwise
     notice = read_json(run / "encoder.json", "moleprint train CONFIG").get("notice", "")
     with runfolder.locked(run), Tracker(call.experiment, "evaluate") as tracker:
         runfolder.describe(call.experiment)

@@ -100,32 +100,25 @@ def fingerprint(experiment: Experiment, shards_sha256: str) -> str:
 
 def completed(made_by: dict[str, Any]) -> dict[str, Any]:
     """What an older version recorded, and the defaults of fields it did not know, which change nothing."""
-    return _filled(made_by, json.loads(fingerprint(Experiment(), "")))
+    return filled(made_by, json.loads(fingerprint(Experiment(), "")))
 
 
-def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    nested = {k: _filled(v, defaults.get(k, {})) for k, v in given.items() if isinstance(v, dict)}
+def filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What is given, and the defaults of all else."""
+    nested = {k: filled(v, defaults.get(k, {})) for k, v in given.items() if isinstance(v, dict)}
     return defaults | given | nested
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """`section.key` -> a line that tells how it differs."""
-    before, after = _leaves(old), _leaves(new)
-    return {
-        key: f"  {key}: {before.get(key, 'unknown')} → {after.get(key, 'unknown')}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    }
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], allowed: Iterable[str]) -> None:
     """Raises UserError, a line a difference, if a run would go on as another one."""
-    found = differences(old, new)
-    refused = [key for key in found if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]
+    before, after = _leaves(old), _leaves(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    refused = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]
     if refused:
+        lines = [f"  {key}: {before.get(key, 'unknown')} → {after.get(key, 'unknown')}" for key in refused]
         raise UserError(
             f"{folder}: holds checkpoints of another configuration, differing in\n"
-            + "\n".join(found[key] for key in refused)
+            + "\n".join(lines)
             + "\nchoose another run.folder, or go on all the same with "
             + f"train.allow_changed=[{','.join(refused)}]"
         )

@@ -21,7 +21,7 @@ from pipeline.loader import Loader
 from pipeline.sampler import PADDING, Indices, Sequential
 from shards.files import sha256
 from shards.shardset import SPLITS, ShardSet
-from train import runfolder
+from train import result, runfolder
 from train.distributed import World, broadcast, gather
 from train.embeddings import OURS, Embeddings, embeddings_writer, read_meta
 from train.entry import start
@@ -162,6 +162,7 @@ def _run(experiment: Experiment, world: World) -> None:
             f"{experiment.run.folder}: its encoder was trained on another shard set than {shards.folder}; "
             "train again in another run.folder, or give the shard set it was trained on as pack.output"
         )
+    result.check_settings(experiment, {})
     if broadcast(finished(experiment, shards)):
         if world.main:
             print("embeddings: made before by this encoder, of this shard set; nothing to do", flush=True)

@@ -119,8 +119,29 @@ def test_a_report_is_of_the_settings_it_tells(folder: Path, moleprint, tmp_path:
         "embed.symmetries: False → True",
     ):
         assert f"  {line}\n" in done.err
-    assert "loss.schedule" in done.err and "moleprint run CONFIG" in done.err
+    assert "loss.schedule: {} → {'random': 0.5}\n" in done.err and "moleprint run CONFIG" in done.err
+    for verb, other, said in (
+        ("evaluate", "pack.group_column=lesion_id", "pack.group_column is lesion_id, was patient_id"),
+        ("classify", "embed.dtype=float16", "embed.dtype: float32 → float16"),
+        ("embed", "model.bnneck=true", "model.bnneck: False → True"),
+    ):
+        done = moleprint(verb, DEMO, *tiny(folder), f"run.folder={tmp_path}/run", other)
+        assert done.status == 2 and said in done.err
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_an_older_runs_settings_are_known_by_their_names(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for name, section in (("encoder", "loss"), ("classifier", "settings")):
+        path = tmp_path / "run" / f"{name}.json"
+        about = json.loads(path.read_text())
+        del about["made_from"][section]["arcface" if section == "loss" else "cost"]  # not known then
+        about["made_from"][section]["gone"] = 1  # not known now
+        path.write_text(json.dumps(about))
+    again = ("evaluate", DEMO, *tiny(folder), f"run.folder={tmp_path}/run")
+    assert moleprint(*again).status == 0
+    done = moleprint(*again, "classifier.cost=7", "loss.arcface=0.5")
+    assert "loss.arcface: 0.0 → 0.5\n" in done.err and "classifier.cost: 20.0 → 7.0\n" in done.err
 
 
 def test_drawn_data_are_called_so_whatever_the_configuration(folder: Path, moleprint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
