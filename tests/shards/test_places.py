@@ -19,11 +19,11 @@ from shards.images import Ref, locate, read
     ("place", "words"),
     [
         ("nowhere.zip", ["no such folder or file"]),
-        ("table.csv", ["not a kind of archive", "pack.images"]),
+        ("table.csv", ["not a kind of archive", "WebDataset shards"]),
         ("broken.zip", ["cannot be read as a zip"]),
         ("broken.tar", ["cannot be read as an uncompressed tar"]),
         ("broken.hdf5", ["cannot be read as HDF5"]),
-        ("file:///nowhere/web-{0..1}.tar", ["cannot be read as a WebDataset shard", "pack.images"]),
+        ("file:///nowhere/web-{0..1}.tar", ["cannot be read as a WebDataset shard", "check the address"]),
     ],
 )
 def test_a_place_that_cannot_be_read_is_one_clear_line(place: str, words: list[str], tmp_path: Path) -> None:
