@@ -15,7 +15,9 @@ def _in_one_line(value: Any, margin: ValidatorFunctionWrapHandler) -> Any:
     try:
         return margin(value)
     except ValidationError:
-        raise ValueError(f"a number above 0 or soft was expected, found {json.dumps(value)}") from None
+        raise ValueError(
+            f"a number above 0 or soft was expected, found {json.dumps(value, default=str)}"
+        ) from None
 
 
 Margin = Annotated[Positive | Literal["soft"], WrapValidator(_in_one_line)]

@@ -123,10 +123,9 @@ def export(run: Path, kind: Format, output: Path, *, images: Sequence[str] = ())
         with _scripts(folder) as (load, prepare):
             run_bundle = load(folder)
             found = {}
-            for name, checked in (("random", random), ("real", real)):
+            for name, files, checked in (("random", "files", random), ("real", "real_files", real)):
                 if checked:
                     found[name] = _difference(predictor, run_bundle, checked, _decoded)
-                    files = "files" if name == "random" else "real_files"
                     found[files] = _difference(predictor, run_bundle, checked, lambda one: prepare(one.data))
             _refuse_difference(found, kind)
         about["checks"] = {name: vars(difference) for name, difference in found.items()}
@@ -354,8 +353,10 @@ def _refuse_difference(found: dict[str, Difference], kind: Format) -> None:
     for name, difference in found.items():
         most = OF_FILES if name == "real_files" else TOLERANCE
         if not difference.probability <= most:  # nan does not pass either
+            others = f"try another of {', '.join(FORMATS)}"
+            remedy = "check it on other images" if name == "real_files" else others
             raise UserError(
                 f"--format {kind}: on {KINDS[name].format(difference.images)} the bundle's probabilities "
                 f"differ from the run's by {difference.probability:.2g}, more than {most:g}, so it was "
-                f"not written; try another of {', '.join(FORMATS)}"
+                f"not written; {remedy}"
             )

@@ -116,7 +116,6 @@ class Predictor:
                 "`moleprint classify` again"
             )
         self.classes, self.threshold = self.classifier.classes, self.classifier.threshold
-        self.embedded = self.classifier.made_from["embed"] or {}
         train, val = (read_embeddings(self.run, split) for split in ("train", "val"))
         self.known = Known(train, val, self.device)
         # Decoded in full first, and strictly: one image that the graph cannot decode would end it.
@@ -174,7 +173,7 @@ class Predictor:
         images = self.pixels(encoded)
         with torch.inference_mode():
             vectors = embed(self.encoder, images, symmetries=self.classifier.symmetries)
-        kept = np.dtype(self.embedded.get("dtype", "float32"))
+        kept = np.float16 if self.classifier.half else np.float32
         return vectors[: len(encoded)].cpu().numpy().astype(kept).astype(np.float32)
 
     def pixels(self, encoded: Sequence[Encoded]) -> torch.Tensor:

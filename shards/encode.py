@@ -111,10 +111,11 @@ def _encoded(data: bytes, settings: Encode, name: str, grey: bool) -> Encoded:
     found = header(data)
     source = _jpeg(data, found, name) if found else _other(data, name)
     target = _target(source.width, source.height, settings)
-    original = (source.width, source.height)
+    size = (source.width, source.height)
+    original = size[::-1] if source.orientation in _SIDEWAYS else size
     if source.ready and target.whole:
         luma = _luma(data) if grey or settings.check == "decode" else None
-        return Encoded(data, *original, original, luma if grey else None)
+        return Encoded(data, *size, original, luma if grey else None)
     image = _fitted(source, target)
     if max(image.size) > _LONGEST:
         raise UserError(
@@ -124,8 +125,6 @@ def _encoded(data: bytes, settings: Encode, name: str, grey: bool) -> Encoded:
     jpeg = simplejpeg.encode_jpeg(
         np.asarray(image), quality=settings.quality, colorsubsampling=settings.subsampling
     )
-    if source.orientation in _SIDEWAYS:
-        original = original[::-1]
     return Encoded(jpeg, image.width, image.height, original, _grey(image) if grey else None)
 
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from configs.errors import UserError
+from shards.shardset import COLUMNS
 
 Metadata = Mapping[str, pa.ChunkedArray]
 
@@ -27,7 +28,7 @@ ROLES = {
 }
 """Role -> the columns that may tell it, the first that does goes first."""
 MISSING = frozenset({"", "unknown", "nan", "na", "n/a", "none", "null"})
-OF_PACKING = frozenset({"width", "height", "original_width", "original_height", "lesion", "source"})
+OF_PACKING = frozenset(COLUMNS)
 """What packing says of a sample, and nothing says of an image that is new."""
 NUMBERS = frozenset({"age"})
 """Roles that are numbers, however a table writes them."""

@@ -1,4 +1,4 @@
-"""What `encoder.json` says of the encoder that a run ends with, and whether it is there."""
+"""What `encoder.json` says of the encoder that a run ends with: is it there, and of which settings?"""
 
 import json
 from collections.abc import Mapping
