@@ -159,6 +159,17 @@ def test_embeddings_kept_in_half_are_judged_as_kept(finished: Path) -> None:
     assert predictor.classifier.half and torch.equal(vectors, vectors.half().float())
 
 
+def test_so_does_the_safetensors_script(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((finished / "classifier.json").read_text())
+    record["made_from"]["embed"]["dtype"] = "float16"
+    (tmp_path / "run/classifier.json").write_text(json.dumps(record))
+    export(tmp_path / "run", "safetensors", tmp_path / "bundle")
+    with module._scripts(tmp_path / "bundle") as (load, _):
+        vectors = load(tmp_path / "bundle")(np.zeros((1, 64, 64, 3), np.uint8))[1]
+    assert np.array_equal(vectors, vectors.astype(np.float16))
+
+
 def test_the_differences_are_said() -> None:
     assert said({"random": Difference(16, 1.5e-7, 2e-6), "real": Difference(3, 0.25, 0)}) == (
         "largest difference from the run: 1.5e-07 in probability, 2.0e-06 in embedding (16 random images); "

@@ -200,11 +200,14 @@ def test_activations_of_one_micro_batch_are_held_at_a_time() -> None:
     assert most == {0: 16, 4: 4}
 
 
-def test_micro_batches_must_share_the_batch() -> None:
+def test_a_batch_norm_needs_more_than_one_image() -> None:
     alone = learner(SUM, micro_batch=1)
     alone.encoder.backbone.layers.append(nn.BatchNorm1d(DIM))
     with pytest.raises(UserError, match=r"batch norm cannot learn of one image .* train\.micro_batch"):
         alone(**given())
+
+
+def test_micro_batches_must_share_the_batch() -> None:
     with pytest.raises(UserError, match=r"train\.micro_batch=5 does not divide the 16 images of a rank"):
         learner(SUM, micro_batch=5)(**given())
     gradients(learner(SUM, micro_batch=32))  # all of them fit
