@@ -169,7 +169,7 @@ class Train(Section):
     keep: Count = 2
     """Newest checkpoints kept, besides that of the best epoch."""
     timeout: Positive = 1800
-    """Seconds without a step after which all ranks end and name the one that hangs."""
+    """Seconds without a step, or a part of the start, until all ranks end and name the one that hangs."""
     allow_changed: tuple[str, ...] = ()
     """Fields (`section.key`, or `shards.sha256`) in which a run may differ from its checkpoint."""
     seed: Seed = 0

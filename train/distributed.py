@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from train.rendezvous import fresh
 from train.watchdog import Watchdog
 
 _ENDED = "moleprint/ended"
+_watchdogs: list[Watchdog] = []  # of this process, one at most, as torch.distributed has one group
 
 
 class PeerError(Exception):
@@ -36,12 +37,6 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    watchdog: Watchdog | None = None
-
-    def beat(self, where: str) -> None:
-        """Tell the watchdog that a step was made; see there."""
-        if self.watchdog:
-            self.watchdog.beat(where)
 
     @property
     def main(self) -> bool:
@@ -60,8 +55,8 @@ def world(timeout: float = 1800) -> Iterator[World]:
     Without torchrun: one process, no group.
 
     Args:
-        timeout: seconds without a step after which a rank hangs; collectives before the first and after the
-            last step are given a minute more.
+        timeout: seconds without a `beat` after which a rank hangs; what waits for others before the first is
+            given a minute more.
 
     Raises:
         PeerError: if another rank ended with an error of its own.
@@ -75,9 +70,9 @@ def world(timeout: float = 1800) -> Iterator[World]:
         yield here
         return
     store = _join(here, timedelta(seconds=timeout + 60))
-    watchdog = Watchdog(store, rank=rank, size=size, timeout=timeout)
+    _watchdogs.append(Watchdog(store, rank=rank, size=size, timeout=timeout))
     try:
-        yield replace(here, watchdog=watchdog)
+        yield here
     except UserError as error:
         if error.spoken_by(local):
             # Noted before this process ends, which is what the others will notice.
@@ -90,9 +85,22 @@ def world(timeout: float = 1800) -> Iterator[World]:
         _raise_lost(error)
         raise
     finally:
-        watchdog.close()
+        _watchdogs.pop().close()
     # Not after an error: the other ranks may be waiting in a collective, and this would wait for them.
     dist.destroy_process_group()
+
+
+def beat(where: str) -> None:
+    """Tell the watchdog what this rank has just done; see there. Every rank does, alike."""
+    for watchdog in _watchdogs:
+        watchdog.beat(where)
+
+
+def _meets_others() -> bool:
+    """Whether there is a group to wait for; the watchdog is told that this rank has come so far."""
+    for watchdog in _watchdogs:
+        watchdog.arrive()
+    return dist.is_initialized()
 
 
 def _join(here: World, timeout: timedelta) -> Any:
@@ -196,7 +204,7 @@ class _Gather(torch.autograd.Function):
 
 def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
     """(batch, …) of this rank -> (ranks × batch, …) of all; each rank must make the same loss of it."""
-    if not dist.is_initialized():
+    if not _meets_others():
         return rows
     gathered: torch.Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
     return gathered
@@ -210,7 +218,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's value of a small picklable object, on every rank."""
-    if not dist.is_initialized():
+    if not _meets_others():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -219,7 +227,7 @@ def broadcast(value: Any) -> Any:
 
 def first_on_node(value: Any, here: World) -> Any:
     """The value of a small picklable object on this host's first rank; torchrun numbers them in a row."""
-    if not dist.is_initialized():
+    if not _meets_others():
         return value
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -228,7 +236,7 @@ def first_on_node(value: Any, here: World) -> Any:
 
 def check_equal(value: Any, what: str) -> None:
     """Raises UserError if a rank holds another value than rank 0: they would train on apart, or hang."""
-    if not dist.is_initialized():
+    if not _meets_others():
         return
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -242,7 +250,7 @@ def check_equal(value: Any, what: str) -> None:
 
 def union(found: set[int]) -> set[int]:
     """What any rank has found, on every rank."""
-    if not dist.is_initialized():
+    if not _meets_others():
         return found
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, found)
@@ -251,19 +259,19 @@ def union(found: set[int]) -> set[int]:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Elementwise sum over all ranks, in place."""
-    if dist.is_initialized():
+    if _meets_others():
         dist.all_reduce(values)
     return values
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.is_initialized():
+    if _meets_others():
         dist.barrier()
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each step."""
-    if dist.is_initialized():
+    if _meets_others():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -22,7 +22,7 @@ from pipeline.sampler import PADDING, Indices, Sequential
 from shards.files import sha256
 from shards.shardset import SPLITS, ShardSet
 from train import result, runfolder
-from train.distributed import World, broadcast, gather
+from train.distributed import World, beat, broadcast, gather
 from train.embeddings import OURS, Embeddings, embeddings_writer, read_meta
 from train.entry import start
 from train.model import Encoder
@@ -73,18 +73,14 @@ def embed(
     *,
     precision: torch.dtype,
     progress: "tqdm[Never] | None" = None,
-    world: World | None = None,
 ) -> tuple[Indices, NDArray[np.float32]]:
     """One epoch of a sequential loader through the encoder.
-
-    Args:
-        world: whose watchdog is told of every batch.
 
     Returns:
         indices (n,) and embeddings (n, dim), of all ranks, in the loader's order, padding dropped; the same
         on every rank.
     """
-    pieces = list(stream(encoder, loader, precision=precision, progress=progress, world=world))
+    pieces = list(stream(encoder, loader, precision=precision, progress=progress))
     return np.concatenate([index for index, _ in pieces]), np.concatenate([vectors for _, vectors in pieces])
 
 
@@ -95,7 +91,6 @@ def stream(
     precision: torch.dtype,
     symmetries: bool = False,
     progress: "tqdm[Never] | None" = None,
-    world: World | None = None,
 ) -> Iterator[tuple[Indices, NDArray[np.float32]]]:
     """As `embed`, in pieces of about ROWS samples, so that memory does not grow with their number."""
     was_training = encoder.training
@@ -111,8 +106,7 @@ def stream(
             ):
                 vectors.append(encode(encoder, images, symmetries=symmetries))
             index.append(batch.index)
-            if world is not None:
-                world.beat("a batch that was embedded")
+            beat("a batch that was embedded")
             if progress is not None:
                 left = int((progress.total or 0) - progress.n)  # the last batch is padded
                 progress.update(min(len(batch.index) * loader.world_size, left))
@@ -156,6 +150,7 @@ def run(experiment: Experiment, world: World) -> None:
 
 def _run(experiment: Experiment, world: World) -> None:
     shards = ShardSet.of(experiment)
+    beat("opening the shard set")
     encoder, about = runfolder.load_encoder(experiment.run.folder, world.device)
     if about["shards_sha256"] != shards.sha256:
         raise UserError(
@@ -180,7 +175,6 @@ def _run(experiment: Experiment, world: World) -> None:
             precision=torch.float32,  # as predict does
             symmetries=experiment.embed.symmetries,
             progress=progress,
-            world=world,
         )
         if world.main:
             meta = {key: about[key] for key in ("encoder_sha256", "shards_sha256", "classes", "positive")}

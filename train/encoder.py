@@ -27,7 +27,7 @@ from train.centroids import Centroids
 from train.collapse import collapse, embedding_figures, spread
 from train.console import Console
 from train.data import Data
-from train.distributed import World, barrier, broadcast, broadcast_buffers, check_equal, union
+from train.distributed import World, barrier, beat, broadcast, broadcast_buffers, check_equal, union
 from train.ema import Average
 from train.embed import embed
 from train.entry import start
@@ -62,6 +62,7 @@ class Trainer:
         self.experiment, self.settings, self.world = experiment, experiment.train, world
         self.folder = experiment.run.folder
         self.shards = ShardSet.of(experiment)
+        beat("opening the shard set")
         sampler = training_sampler(
             self.shards, experiment.loader, seed=self.settings.seed, world_size=world.size
         )
@@ -74,6 +75,7 @@ class Trainer:
         check_equal((self.progress.step, self.steps, self.fingerprint), "checkpoint or configuration")
         self._build()
         self._restore(state)
+        beat("building the encoder")
         self._distribute()
         if world.main:
             runfolder.describe(experiment)
@@ -215,7 +217,7 @@ class Trainer:
             self.meter.add(images, {**outcome.figures, "grad_norm": norm}, self.good)
             self.progress.step += 1
             self.profiler.step(self.progress.step)
-            self.world.beat(f"step {self.progress.step}")
+            beat(f"step {self.progress.step}")
             ended = self.progress.step % self.steps == 0
             if ended or self._due(self.experiment.tracking.log_every):
                 self._log(outcome)
@@ -226,6 +228,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> tuple[Outcome, torch.Tensor]:
         """One optimiser step, taken if it is `good`; returns what happened and the gradient's norm."""
+        beat(f"reading the images of step {self.progress.step + 1}")
         epoch, step = divmod(self.progress.step, self.steps)
         draws = generator(self.settings.seed, Purpose.MINING, epoch, step)
         uniform = draws.random((self.experiment.loader.global_batch, 2), dtype=np.float32)
@@ -373,7 +376,7 @@ class Trainer:
         return replaced
 
     def _embedded(self, encoder: model.Encoder, loader: Loader) -> Embedded:
-        index, vectors = embed(encoder, loader, precision=self.precision, world=self.world)
+        index, vectors = embed(encoder, loader, precision=self.precision)
         if not np.isfinite(vectors).all():
             raise UserError(f"the encoder diverged in the epoch before step {self.progress.step}: {REMEDY}")
         return Embedded(index, vectors, self.shards.labels[index])

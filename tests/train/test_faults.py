@@ -240,6 +240,32 @@ def test_a_rank_that_is_stopped_ends_all_by_name(endless: Path, moment: random.R
     assert f"no step for 6 s (train.timeout): rank {guilty} " in words(endless, 1 - guilty)
 
 
+def astray(method: str, config: Path, rank: int, size: int, port: int) -> None:
+    """Train; in rank 1 a method of the trainer never returns, the step's when three were made."""
+    plain = getattr(encoder.Trainer, method)
+
+    def hang(trainer: encoder.Trainer, *arguments: Any) -> Any:
+        if method == "train_step" and trainer.progress.step < 3:
+            return plain(trainer, *arguments)
+        return time.sleep(PATIENCE)
+
+    if rank == 1:
+        mock.patch.object(encoder.Trainer, method, hang).start()
+    train(config, rank, size, port)
+
+
+@pytest.mark.parametrize(("method", "last"), [("_build", "opening the shard set"), ("train_step", "step 3")])
+def test_a_rank_that_never_comes_to_where_the_others_wait_is_named(
+    method: str, last: str, endless: Path
+) -> None:
+    endless.write_text(endless.read_text().replace("timeout: 1800.0", "timeout: 6"))
+    with started(endless, 2, partial(astray, method)) as ranks:
+        assert ended(ranks) == [RESUMABLE] * 2, words(endless) + words(endless, 1)
+    said = words(endless) + words(endless, 1)
+    assert f"no step for 6 s (train.timeout): rank 1 hangs after {last}; all ranks end" in said, said
+    assert said.count("no step for") == 1, said
+
+
 def test_a_rank_that_is_killed_ends_all(endless: Path, moment: random.Random) -> None:
     folder = endless.parent / "run"
     with started(endless, 2) as ranks:
@@ -273,8 +299,8 @@ def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path) -> None:
     for process in ranks:
         process.start()
     assert ended(ranks) == [RESUMABLE] * 3
-    assert "rank 1 hangs after step 7; all ranks end" in (tmp_path / "0").read_text()
-    assert "error:" not in (tmp_path / "1").read_text() + (tmp_path / "2").read_text()
+    said = "".join((tmp_path / str(rank)).read_text() for rank in range(3))  # whoever asks first says it
+    assert "rank 1 hangs after step 7; all ranks end" in said and said.count("error:") == 1
 
 
 def weigh(config: Path, *rank: int) -> None:
