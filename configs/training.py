@@ -164,6 +164,9 @@ class Train(Section):
     """Validation figure that chooses the best epoch and stops early. `roc_auc` is by the distances to the
     centroids of the epoch's training embeddings; with `ema` of the probe images', where there are any, as an
     average of the weights embeds otherwise than they do."""
+    tolerance: NonNegative = 1.0
+    """How far below the highest such figure a newer epoch may be and still be taken for the best, in standard
+    errors of the difference: the highest of many is often so by luck. 0 takes the highest."""
     checkpoint_every: CountOrAuto = 0
     """Steps between checkpoints besides the one after each epoch; 0 is none."""
     keep: Count = 2

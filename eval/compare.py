@@ -14,6 +14,7 @@ from eval.figures import Detection, Need, Part, estimate
 from eval.metrics import Bools, Bootstrap, Floats, Ints
 from train.classifier import load
 from train.embeddings import Embeddings, read_embeddings
+from train.influence import placements
 
 COMPARED = ("roc_auc", "pr_auc", "partial_auc", "sensitivity", "specificity", "brier")
 
@@ -82,7 +83,7 @@ def delong(first: Floats, second: Floats, positives: Bools, confidence: float = 
         `roc_auc` of both, their standard errors `se`, the `difference` with its interval, `z` and two-sided
         `p`; these are None where the variance is 0 or, with a single image of a kind, has no estimate.
     """
-    places = [_placements(scores, positives) for scores in (first, second)]
+    places = [placements(scores, positives) for scores in (first, second)]
     areas = [float(of.mean()) for of, _ in places]
     covariance = np.zeros((2, 2))
     for side in zip(*places, strict=True):  # of the positives, of the negatives
@@ -104,17 +105,6 @@ def delong(first: Floats, second: Floats, positives: Bools, confidence: float = 
         "z": z,
         "p": p,
     }
-
-
-def _placements(scores: Floats, positives: Bools) -> tuple[Floats, Floats]:
-    """Share of negatives below each positive, of positives above each negative; a tie counts half."""
-    of, others = np.sort(scores[positives]), np.sort(scores[~positives])
-
-    def below(values: Floats, at: Floats) -> Floats:
-        both = np.searchsorted(values, at, side="left") + np.searchsorted(values, at, side="right")
-        return np.asarray(both / (2 * len(values)))
-
-    return below(others, scores[positives]), 1 - below(of, scores[~positives])
 
 
 def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:

@@ -142,6 +142,8 @@ def encoder_facts(experiment: Experiment, about: Mapping[str, Any]) -> list[Fact
         ("loss", ", ".join(f"{name} {value}" for name, value in loss.model_dump(mode="json").items())),
     ]
     if "epochs" in about:
-        chosen = f"the best by {train.monitor} on validation was {about['best_epoch']}"
-        facts.append(("epochs", f"{about['epochs']}; {chosen}"))
+        best = f"the best by {train.monitor} on validation"
+        if train.tolerance:
+            best = f"the newest within {train.tolerance:g} standard errors of {best}"
+        facts.append(("epochs", f"{about['epochs']}; kept is {about['best_epoch']}, {best}"))
     return facts

@@ -13,7 +13,6 @@ from typing import Any, Never
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,7 +26,7 @@ from train.centroids import Centroids
 from train.collapse import collapse, embedding_figures, spread
 from train.console import Console
 from train.data import Data
-from train.distributed import World, barrier, beat, broadcast, broadcast_buffers, check_equal, union
+from train.distributed import World, barrier, beat, broadcast_buffers, check_equal, union
 from train.ema import Average
 from train.embed import embed
 from train.entry import start
@@ -260,30 +259,36 @@ class Trainer:
         positive, centroids = self.shards.positive, self.centroids
         if self.average and known:  # the epoch's embeddings are not those of the averaged weights
             centroids = Centroids.of(known.vectors, known.labels, len(self.shards.classes))
-        score = centroids.score(held.vectors, positive)
-        figures = {"roc_auc": float(roc_auc_score(held.labels == positive, score))}
-        margin = self.experiment.loss.margin
-        figures |= validation.figures(
+        margin, monitor = self.experiment.loss.margin, self.settings.monitor
+        figures = validation.figures(
             held,
             known,
+            centroids.score(held.vectors, positive),
+            self.shards.groups[held.index],
             positive=positive,
             margin=validation.MARGIN if margin == "soft" else margin,
+            monitor=monitor,
             world=self.world,
         )
-        figures = broadcast(figures)
-        if self.progress.note(figures, self.settings.monitor, self.steps):
+        if self.progress.note(
+            figures.values,
+            figures.parts,
+            monitor=monitor,
+            tolerance=self.settings.tolerance,
+            steps=self.steps,
+        ):
             self.best = {k: v.detach().cpu().clone() for k, v in encoder.state_dict().items()}
         self.tracker.log(
             self.progress.step,
             {
                 "epoch": self.progress.step / self.steps,
-                **{f"val_{name}": value for name, value in figures.items()},
+                **{f"val_{name}": value for name, value in figures.values.items()},
                 "val_spread": float(spread(torch.from_numpy(held.vectors))),
                 "val_seconds": time.perf_counter() - started,
             },
         )
         self.tracker.embeddings(self.progress.step, self.shards, held.index, held.vectors)
-        self.console.say(self.progress.said(self.settings.monitor, self.steps))
+        self.console.say(self.progress.said(monitor, self.steps))
         self.meter.reset()
 
     def save(self) -> None:

@@ -12,13 +12,22 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline.counter import Purpose, generator
 from pipeline.sampler import Indices
-from train import retrieval
-from train.distributed import World, sum_over_ranks
+from train import influence, retrieval
+from train.distributed import World, broadcast, sum_over_ranks
 from train.precision import exact_products
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted kNN of Wu 2018 (arXiv 1805.01978), as DINO evaluates by
 MARGIN = 0.2  # of the triplet loss's hinge, where training's is soft
 PROBE_C = 0.1  # inverse strength of the probe's L2 penalty, on standardised embeddings
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a validation."""
+
+    values: dict[str, float]
+    parts: influence.Floats
+    """What each group of the split contributes to the monitored one (groups,); see `train.influence`."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +40,40 @@ class Embedded:
 
 
 def figures(
-    held: Embedded, known: Embedded | None, *, positive: int, margin: float, world: World
-) -> dict[str, float]:
-    """Figures of the validation split; the ranks share the retrieval.
+    held: Embedded,
+    known: Embedded | None,
+    score: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    *,
+    positive: int,
+    margin: float,
+    monitor: str,
+    world: World,
+) -> Figures:
+    """Figures of the validation split, the same on every rank; the ranks share the retrieval.
 
     Args:
         held: the validation split, the same on every rank.
         known: training samples that kNN and the linear probe learn from; without any there is neither.
+        score: of each validation sample (n,), which `roc_auc` is of.
+        groups: of each validation sample (n,).
     """
     vectors, labels = (torch.from_numpy(a).to(world.device) for a in (held.vectors, held.labels))
     found = retrieval.queries(vectors, labels, margin=margin, rank=world.rank, world_size=world.size)
-    values = retrieval.averages(sum_over_ranks(found), labels)
+    found = sum_over_ranks(found)
+    scores: dict[str, NDArray[np.floating]] = {"roc_auc": score}
     if known is not None:
-        truth = held.labels == positive
-        knn = neighbours(vectors, known, positive)
-        values["knn_roc_auc"] = float(roc_auc_score(truth, knn.cpu()))
-        values["probe_roc_auc"] = float(roc_auc_score(truth, linear_probe(held.vectors, known, positive)))
-    return values
+        scores["knn_roc_auc"] = neighbours(vectors, known, positive).cpu().numpy()
+        scores["probe_roc_auc"] = linear_probe(held.vectors, known, positive)
+    truth = held.labels == positive
+    values = {name: float(roc_auc_score(truth, its)) for name, its in scores.items()}
+    values |= retrieval.averages(found, labels)
+    if monitor in scores:
+        each = influence.of_auc(scores[monitor], truth)
+    else:
+        each = influence.of_mean(found[:, retrieval.COLUMNS.index(monitor)].cpu().numpy(), held.labels)
+    result: Figures = broadcast(Figures(values, influence.over_groups(each, groups)))
+    return result
 
 
 def neighbours(vectors: torch.Tensor, known: Embedded, positive: int, k: int = NEIGHBOURS) -> torch.Tensor:

@@ -20,7 +20,7 @@ FINGERPRINT = checkpoint.fingerprint(Experiment(), "abc")
 
 def save(folder: Path, step: int, keep: int = 2) -> None:
     """A small checkpoint of a step."""
-    progress = Progress(step=step, best=step / 100, run_id="w1", history=[0.25, step / 100])
+    progress = Progress(step=step, top=step / 100, run_id="w1", history=[0.25, step / 100])
     checkpoint.save(folder, FINGERPRINT, progress, {"learner": {"w": torch.full((3,), step)}}, keep=keep)
 
 

@@ -37,6 +37,7 @@ from train.distributed import (
     world,
 )
 from train.embed import embed, evaluation_loader
+from train.influence import standard_error
 from train.learner import Learner
 from train.mining import MININGS
 from train.model import Encoder, build
@@ -128,13 +129,23 @@ def stopping(here: World) -> list[bool]:
 
 
 def validated(here: World) -> dict[str, float]:
-    """Validation figures of some vectors."""
+    """Validation figures of some vectors, and how sure the monitored one is."""
     held = Embedded(
         np.arange(41),
         nn.functional.normalize(torch.randn(41, 5, generator=torch.Generator().manual_seed(1))).numpy(),
         np.arange(41) % 5 // 3,
     )
-    return figures(held, held, positive=1, margin=0.2, world=here)
+    found = figures(
+        held,
+        held,
+        held.vectors[:, 0],
+        np.arange(41) // 2,
+        positive=1,
+        margin=0.2,
+        monitor="map_at_r",
+        world=here,
+    )
+    return {**found.values, "error": standard_error(found.parts)}
 
 
 def told(check: Callable[[], None]) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from configs.training import Train
+from configs.training import Monitor, Train
 from shards.shardset import ShardSet
 from train import encoder, validation
 from train.centroids import Centroids
 from train.distributed import World
 from train.embed import embed, evaluation_loader
-from train.progress import Progress
+from train.influence import standard_error
+from train.progress import LOWER_IS_BETTER, Progress
 from train.runfolder import load_encoder
-from train.validation import TEMPERATURE, Embedded, draw, figures, linear_probe, neighbours
+from train.validation import TEMPERATURE, Embedded, Figures, draw, figures, linear_probe, neighbours
 
 
 def embedded(count: int, seed: int, apart: float = 1.0) -> Embedded:
@@ -28,6 +29,21 @@ def embedded(count: int, seed: int, apart: float = 1.0) -> Embedded:
     labels = torch.arange(count) % 4 // 3
     vectors = torch.randn(count, 8, generator=generator) + apart * F.one_hot(labels, 8)
     return Embedded(np.arange(count), F.normalize(vectors, dim=1).numpy(), labels.numpy())
+
+
+def found(held: Embedded, known: Embedded | None, monitor: str = "roc_auc") -> Figures:
+    """Validation figures; the score is along the direction that the classes lie apart in."""
+    direction = np.eye(8, dtype=np.float32)[1] - np.eye(8, dtype=np.float32)[0]
+    return figures(
+        held,
+        known,
+        held.vectors @ direction,
+        held.index // 2,
+        positive=1,
+        margin=0.2,
+        monitor=monitor,
+        world=World(),
+    )
 
 
 def test_neighbours_are_those_of_scikit_learn() -> None:
@@ -50,14 +66,14 @@ def test_the_probe_finds_a_direction_that_separates() -> None:
 
 
 def test_all_figures_of_a_good_encoder_are_better() -> None:
-    near, far = (
-        figures(embedded(80, 1, a), embedded(120, 2, a), positive=1, margin=0.2, world=World())
-        for a in (0.3, 4)
-    )
-    assert near.keys() == far.keys() == {*validation.retrieval.COLUMNS, "knn_roc_auc", "probe_roc_auc"}
-    assert all(Progress(best=near[name]).beats(far[name], name) for name in near)
-    without = figures(embedded(80, 1), None, positive=1, margin=0.2, world=World())
-    assert without.keys() == set(validation.retrieval.COLUMNS)
+    near, far = (found(embedded(80, 1, a), embedded(120, 2, a)).values for a in (0.3, 4))
+    aucs = {"roc_auc", "knn_roc_auc", "probe_roc_auc"}
+    assert near.keys() == far.keys() == {*validation.retrieval.COLUMNS, *aucs}
+    assert near.keys() == set(get_args(Monitor))
+    for name in near:
+        assert (far[name] < near[name]) if name in LOWER_IS_BETTER else (far[name] > near[name])
+    without = found(embedded(80, 1), None).values
+    assert without.keys() == {*validation.retrieval.COLUMNS, "roc_auc"}
 
 
 def test_what_is_learnt_from_is_of_training_and_balanced(tiny_shards: ShardSet) -> None:
@@ -71,23 +87,70 @@ def test_what_is_learnt_from_is_of_training_and_balanced(tiny_shards: ShardSet) 
     assert np.array_equal(many, train)
 
 
+@pytest.mark.parametrize("monitor", get_args(Monitor))
+def test_a_figure_says_what_each_group_contributes(monitor: str) -> None:
+    held, known = embedded(80, 1), embedded(120, 2)
+    parts = found(held, known, monitor).parts
+    assert parts.shape == (40,) and abs(parts.sum()) < 1e-9 < standard_error(parts) < 0.2
+    twice = Embedded(
+        np.repeat(held.index, 2), *(np.repeat(a, 2, axis=0) for a in (held.vectors, held.labels))
+    )
+    if monitor.endswith("roc_auc"):  # images that say the same, of the same groups, make it no surer
+        assert standard_error(found(twice, known, monitor).parts) == pytest.approx(standard_error(parts))
+
+
+NAN = math.nan
+
+
 @pytest.mark.parametrize(
-    ("monitor", "values", "best"),
+    ("monitor", "values", "best", "top"),
     [
-        ("map_at_r", [0.2, 0.5, 0.4], 2),
-        ("triplet_loss", [0.2, 0.1, 0.3], 2),
-        ("roc_auc", [math.nan, 0.6, math.nan], 2),
+        ("map_at_r", [0.2, 0.5, 0.4], 2, 2),  # by more than chance
+        ("map_at_r", [0.2, 0.5, 0.49], 3, 2),  # by no more than chance: the newest
+        ("map_at_r", [0.2, 0.5, 0.49, 0.48], 4, 2),
+        ("map_at_r", [0.5, 0.49, 0.51, 0.48], 3, 3),  # each is set against the highest, not the one before
+        ("triplet_loss", [0.2, 0.1, 0.3], 2, 2),
+        ("triplet_loss", [0.2, 0.1, 0.11], 3, 2),
+        ("roc_auc", [NAN, 0.6, NAN], 2, 2),
     ],
 )
-def test_the_best_epoch_is_that_of_the_figure_chosen(monitor: str, values: list[float], best: int) -> None:
-    progress = Progress()
-    found = []
+def test_the_best_epoch_is_the_newest_that_is_not_surely_worse(
+    monitor: str, values: list[float], best: int, top: int
+) -> None:
+    progress, kept = Progress(), []
     for epoch, value in enumerate(values, 1):
         progress.step = 5 * epoch
-        found.append(progress.note({monitor: value, "other": epoch}, monitor, steps=5))
-    assert progress.best_step == 5 * best and progress.stale == len(values) - best
-    assert progress.best_figures["other"] == best == len(found) - found[::-1].index(True)
+        parts = np.array([0.3, 0.01 * epoch, 0.01 * epoch])  # differences of √2 · 0.01 an epoch apart
+        kept.append(
+            progress.note({monitor: value, "other": epoch}, parts, monitor=monitor, tolerance=1.0, steps=5)
+        )
+    assert (progress.best_step, progress.top_step) == (5 * best, 5 * top)
+    assert progress.stale == len(values) - top
+    assert progress.best_figures["other"] == best == len(kept) - kept[::-1].index(True)
     assert progress.history == pytest.approx(values, nan_ok=True)
+
+
+def test_without_tolerance_the_best_epoch_is_the_highest() -> None:
+    progress = Progress()
+    for epoch, value in enumerate((0.5, 0.7, 0.7 - 1e-9), 1):
+        progress.step = epoch
+        parts = np.array([0.1 * epoch, -0.1 * epoch])
+        progress.note({"roc_auc": value}, parts, monitor="roc_auc", tolerance=0, steps=1)
+    assert progress.best_step == progress.top_step == 2
+
+
+def test_the_line_of_a_validation_says_why_it_is_taken() -> None:
+    progress, said = Progress(), []
+    for epoch, value in enumerate((0.8, 0.79, 0.5), 1):
+        progress.step = epoch
+        parts = np.array([0.02 * epoch, -0.02 * epoch])
+        progress.note({"knn_roc_auc": value}, parts, monitor="knn_roc_auc", tolerance=1, steps=1)
+        said.append(progress.said("knn_roc_auc", 1))
+    assert said == [
+        "epoch 1: validation knn AUC 0.800 (best)",
+        "epoch 2: validation knn AUC 0.790 (taken for best: behind 0.800 by no more than chance)",
+        "epoch 3: validation knn AUC 0.500 (highest 0.800)",
+    ]
 
 
 def test_a_monitor_needs_what_it_is_made_from() -> None:
@@ -96,7 +159,8 @@ def test_a_monitor_needs_what_it_is_made_from() -> None:
 
 
 def test_a_run_validates_when_it_is_due_and_exports_the_average(tiny_experiment: Any, tmp_path: Path) -> None:
-    settings = {"epochs": 3, "validate_every": 2, "ema": 0.5, "probe_images": 30, "monitor": "triplet_loss"}
+    settings = {"epochs": 3, "validate_every": 2, "ema": 0.5, "probe_images": 30}
+    settings |= {"monitor": "triplet_loss", "tolerance": 0}
     experiment = tiny_experiment(
         tmp_path / "run",
         train={**settings, "patience": 0},
@@ -108,7 +172,8 @@ def test_a_run_validates_when_it_is_due_and_exports_the_average(tiny_experiment:
     assert list(validated) == [2, 3]
     about = json.loads((tmp_path / "run/encoder.json").read_text())
     best = min(validated.values(), key=lambda row: row["val_triplet_loss"])
-    assert about["best_epoch"] == best["epoch"] and about["validation_roc_auc"] == best["val_roc_auc"]
+    assert about["best_epoch"] == best["epoch"]
+    assert about["validation_roc_auc"] == best["val_roc_auc"]
     assert {f"val_{name}": value for name, value in about["validation"].items()}.items() <= best.items()
     assert {"val_knn_roc_auc", "val_probe_roc_auc", "val_recall_at_5", "val_map_at_r"} <= best.keys()
     last = torch.load(tmp_path / "run/checkpoints/step-00000003.pt", weights_only=True)
