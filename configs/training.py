@@ -165,14 +165,16 @@ class Train(Section):
     centroids of the epoch's training embeddings; with `ema` of the probe images', where there are any, as an
     average of the weights embeds otherwise than they do."""
     tolerance: NonNegative = 1.0
-    """How far below the highest such figure a newer epoch may be and still be taken for the best, in standard
-    errors of the difference: the highest of many is often so by luck. 0 takes the highest."""
+    """How far behind the best such figure a newer epoch may be and still be taken, in standard errors of the
+    difference, over groups: the highest of many is often so by luck. 0 takes the best figure's, the first of
+    equal ones."""
     checkpoint_every: CountOrAuto = 0
     """Steps between checkpoints besides the one after each epoch; 0 is none."""
     keep: Count = 2
     """Newest checkpoints kept, besides that of the best epoch."""
     timeout: Positive = 1800
-    """Seconds without a step, or a part of the start, until all ranks end and name the one that hangs."""
+    """Seconds in which a rank makes no step, nor a part of the start, nor embeds a batch, until all ranks end
+    and name the one that hangs."""
     allow_changed: tuple[str, ...] = ()
     """Fields (`section.key`, or `shards.sha256`) in which a run may differ from its checkpoint."""
     seed: Seed = 0

@@ -142,8 +142,6 @@ def encoder_facts(experiment: Experiment, about: Mapping[str, Any]) -> list[Fact
         ("loss", ", ".join(f"{name} {value}" for name, value in loss.model_dump(mode="json").items())),
     ]
     if "epochs" in about:
-        best = f"the best by {train.monitor} on validation"
-        if train.tolerance:
-            best = f"the newest within {train.tolerance:g} standard errors of {best}"
-        facts.append(("epochs", f"{about['epochs']}; kept is {about['best_epoch']}, {best}"))
+        chosen = f"by {train.monitor} on validation, train.tolerance {train.tolerance:g}"
+        facts.append(("epochs", f"{about['epochs']}; the encoder is that of {about['best_epoch']}, {chosen}"))
     return facts

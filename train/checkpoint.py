@@ -37,6 +37,9 @@ FREE: dict[str, Any] = {
     },
 }
 
+BEFORE: dict[str, Any] = {"train": {"tolerance": 0.0}}
+"""What fields amounted to in versions that did not know them, where it is not their default."""
+
 
 def save(folder: Path, fingerprint: str, progress: Progress, tensors: dict[str, Any], *, keep: int) -> None:
     """Write `step-NNNNNNNN.pt`, then remove all but the newest `keep` up to it and that of the best step.
@@ -99,8 +102,8 @@ def fingerprint(experiment: Experiment, shards_sha256: str) -> str:
 
 
 def completed(made_by: dict[str, Any]) -> dict[str, Any]:
-    """What an older version recorded, and the defaults of fields it did not know, which change nothing."""
-    return filled(made_by, json.loads(fingerprint(Experiment(), "")))
+    """What an older version recorded, and what the fields amounted to that it did not know."""
+    return filled(made_by, filled(BEFORE, json.loads(fingerprint(Experiment(), ""))))
 
 
 def filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

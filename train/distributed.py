@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from configs.errors import UserError
 from train.rendezvous import fresh
-from train.watchdog import Watchdog
+from train.watchdog import END, Watchdog
 
 _ENDED = "moleprint/ended"
 _watchdogs: list[Watchdog] = []  # of this process, one at most, as torch.distributed has one group
@@ -55,8 +55,8 @@ def world(timeout: float = 1800) -> Iterator[World]:
     Without torchrun: one process, no group.
 
     Args:
-        timeout: seconds without a `beat` after which a rank hangs; what waits for others before the first is
-            given a minute more.
+        timeout: seconds in which a rank neither calls `beat` nor comes to where it waits for the others,
+            after which it hangs. The wait itself is given `END` more, in which the rank to blame is named.
 
     Raises:
         PeerError: if another rank ended with an error of its own.
@@ -69,7 +69,7 @@ def world(timeout: float = 1800) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield here
         return
-    store = _join(here, timedelta(seconds=timeout + 60))
+    store = _join(here, timedelta(seconds=timeout + END))
     _watchdogs.append(Watchdog(store, rank=rank, size=size, timeout=timeout))
     try:
         yield here
@@ -96,8 +96,8 @@ def beat(where: str) -> None:
         watchdog.beat(where)
 
 
-def _meets_others() -> bool:
-    """Whether there is a group to wait for; the watchdog is told that this rank has come so far."""
+def _arrive() -> bool:
+    """Tell the watchdog that this rank waits for the others; returns whether there are any."""
     for watchdog in _watchdogs:
         watchdog.arrive()
     return dist.is_initialized()
@@ -204,7 +204,7 @@ class _Gather(torch.autograd.Function):
 
 def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
     """(batch, …) of this rank -> (ranks × batch, …) of all; each rank must make the same loss of it."""
-    if not _meets_others():
+    if not _arrive():
         return rows
     gathered: torch.Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
     return gathered
@@ -218,7 +218,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's value of a small picklable object, on every rank."""
-    if not _meets_others():
+    if not _arrive():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -227,7 +227,7 @@ def broadcast(value: Any) -> Any:
 
 def first_on_node(value: Any, here: World) -> Any:
     """The value of a small picklable object on this host's first rank; torchrun numbers them in a row."""
-    if not _meets_others():
+    if not _arrive():
         return value
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -236,7 +236,7 @@ def first_on_node(value: Any, here: World) -> Any:
 
 def check_equal(value: Any, what: str) -> None:
     """Raises UserError if a rank holds another value than rank 0: they would train on apart, or hang."""
-    if not _meets_others():
+    if not _arrive():
         return
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -250,7 +250,7 @@ def check_equal(value: Any, what: str) -> None:
 
 def union(found: set[int]) -> set[int]:
     """What any rank has found, on every rank."""
-    if not _meets_others():
+    if not _arrive():
         return found
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, found)
@@ -259,19 +259,26 @@ def union(found: set[int]) -> set[int]:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Elementwise sum over all ranks, in place."""
-    if _meets_others():
+    if _arrive():
         dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum over all ranks, in place."""
+    if _arrive():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if _meets_others():
+    if _arrive():
         dist.barrier()
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP does before each step."""
-    if _meets_others():
+    if _arrive():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

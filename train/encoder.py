@@ -171,6 +171,7 @@ class Trainer:
             self.encoder.backbone.compile(dynamic=False)
         self.learner: nn.Module = self.bare
         if self.world.size > 1:
+            barrier()  # DDP waits for the others, and the watchdog would not know
             ids = [self.world.local_rank] if self.world.device.type == "cuda" else None
             self.learner = DistributedDataParallel(
                 self.bare, device_ids=ids, gradient_as_bucket_view=True, static_graph=True
@@ -273,8 +274,8 @@ class Trainer:
         if self.progress.note(
             figures.values,
             figures.parts,
-            monitor=monitor,
-            tolerance=self.settings.tolerance,
+            of=f"{monitor} {self.shards.sha256}",
+            settings=self.settings,
             steps=self.steps,
         ):
             self.best = {k: v.detach().cpu().clone() for k, v in encoder.state_dict().items()}

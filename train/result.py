@@ -58,14 +58,14 @@ def check_settings(experiment: Experiment, more: Mapping[str, Any]) -> None:
         more: what other parts of the run say that they were made with: section -> settings.
 
     Raises:
-        UserError: a line a difference. What the run's release did not know had its default; what this one no
-            longer knows is none.
+        UserError: a line a difference. What the run's release did not know is as `checkpoint.BEFORE` and
+            the defaults have it; what this one no longer knows is none.
     """
     path = experiment.run.folder / "encoder.json"
     about = read_json(path, "moleprint train CONFIG") if path.exists() else {}
     recorded = {**about.get("made_from", {}), **more}
     now, defaults = (_compared(of, recorded) for of in (experiment, Experiment()))
-    made = checkpoint.filled(recorded, defaults)
+    made = checkpoint.filled(recorded, checkpoint.filled(checkpoint.BEFORE, defaults))
     leaves = [key for key, field in fields(Experiment) if section_of(field.annotation) is None]
     pairs = {key: (_at(made, key), _at(now, key)) for key in leaves}
     lines = [f"  {key}: {a[0]} → {b[0]}" for key, (a, b) in pairs.items() if a and b and a != b]

@@ -7,9 +7,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 
-from train.distributed import World
+from train.distributed import World, max_over_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAG = 8
@@ -48,8 +47,7 @@ class Stop:
         return answer
 
     def _ask(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        flag = torch.full((), int(self._told), device=self._world.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        flag = max_over_ranks(torch.full((), int(self._told), device=self._world.device))
         if flag.device.type == "cpu":
             return flag, None
         here = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)

@@ -8,7 +8,11 @@ from typing import Any
 
 from configs.errors import RESUMABLE
 
-_KEY = "moleprint/beat"
+INTERVAL = 10.0
+"""Seconds between two looks at whether a rank moves; fewer where the timeout is short."""
+END = 16 * INTERVAL
+"""Seconds, more than it takes from a timeout until all ranks are told, and have ended."""
+_KEY, _ASKED = "moleprint/beat", "moleprint/asked"
 
 
 class Watchdog:
@@ -26,7 +30,7 @@ class Watchdog:
             timeout: seconds.
         """
         self._store, self._rank, self._size, self._timeout = store.clone(), rank, size, timeout
-        self._interval = min(10.0, timeout / 4)
+        self._interval = min(INTERVAL, timeout / 4)
         self._passed, self._where = 0, ""
         self._ended = threading.Event()
         # Two threads: what is written to a store on a host that is gone may wait for ever.
@@ -35,7 +39,7 @@ class Watchdog:
 
     def beat(self, where: str) -> None:
         """Called by every rank alike, after every step and some of what leads to the first. The first call
-        begins the watch: what is before it, such as staging a large shard set, may take its time.
+        begins the watch: what is before it, such as staging a large shard set, may take long on all hosts.
 
         Args:
             where: what was just done, such as `step 7`.
@@ -43,7 +47,7 @@ class Watchdog:
         self._passed, self._where = self._passed + 1, where
 
     def arrive(self) -> None:
-        """Called by every rank alike, before it waits for the others."""
+        """Called by every rank alike, before it waits for the others; DDP's own waits are not counted."""
         if self._passed:
             self._passed += 1
 
@@ -69,34 +73,42 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        gone = [0], "or its host, which holds the ranks' store, is gone", self._rank == 1
-        found: list[tuple[list[int], str, bool]] = []
-        asking = threading.Thread(target=lambda: found.append(self._asked() or gone), daemon=True)
+        # Asked in a thread of its own: a store on a host that is gone may never answer.
+        said = threading.Event()
+        asking = threading.Thread(target=self._ask, args=(said,), daemon=True)
         asking.start()
+        if not said.wait(6 * self._interval):
+            self._say_gone()
         asking.join(6 * self._interval)
-        guilty, what, first = found[0] if found else gone
-        if first:
-            names = ", ".join(map(str, guilty))
-            print(
-                f"error: no step for {self._timeout:g} s (train.timeout): rank {names} {what}; all ranks "
-                "end, the same command goes on from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-        # The others find out for themselves: not before they have, as they would call this one lost. Without
-        # torchrun rank 0 holds the store that they are asking.
-        if self._rank in {0, *guilty}:
-            time.sleep(6 * self._interval)
         os._exit(RESUMABLE)
 
-    def _asked(self) -> tuple[list[int], str, bool] | None:
-        """The ranks that hang, what is known of them, and whether this rank is the first to ask; None where
-        the store is gone."""
+    def _ask(self, said: threading.Event) -> None:
+        """Find out who hangs; the first that does says so. Then wait for the others to find out too: they
+        would call this rank lost, and without torchrun rank 0 holds the store that they ask."""
         try:
             guilty, what = self._guilty()
-            return guilty, what, self._store.add(f"{_KEY}/asked", 1) == 1
+            if self._store.add(_ASKED, 1) == 1:
+                self._say(guilty, what)
+            said.set()
+            while self._rank in {0, *guilty} and self._store.add(_ASKED, 0) < self._size:
+                time.sleep(self._interval / 4)
         except RuntimeError:
-            return None
+            if not said.is_set():
+                self._say_gone()
+            said.set()
+
+    def _say_gone(self) -> None:
+        if self._rank == 1:
+            self._say([0], "or its host, which holds the ranks' store, is gone")
+
+    def _say(self, guilty: list[int], what: str) -> None:
+        names = ", ".join(map(str, guilty))
+        print(
+            f"error: no step for {self._timeout:g} s (train.timeout): rank {names} {what}; all ranks end, "
+            "the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _guilty(self) -> tuple[list[int], str]:
         """The ranks that hang, and what is known of them; a RuntimeError where the store is gone."""

@@ -114,6 +114,12 @@ def test_a_leak_is_told(run: Experiment) -> None:
     assert not holds and found.startswith("1 of ")
 
 
+def test_the_report_says_which_epoch_was_taken_and_by_what() -> None:
+    about = {"backbone": "resnet18", "embedding_dim": 16, "preprocessing": {"size": 96}}
+    facts = dict(lineage.encoder_facts(Experiment(), {**about, "epochs": 10, "best_epoch": 8}))
+    assert facts["epochs"] == "10; the encoder is that of 8, by roc_auc on validation, train.tolerance 1"
+
+
 def test_copies_in_two_splits_are_counted(run: Experiment, tiny_shards: ShardSet, tmp_path: Path) -> None:
     data = {split: read_embeddings(run.run.folder, split) for split in SPLITS}
     shards = dataclasses.replace(tiny_shards, folder=tmp_path)

@@ -112,6 +112,16 @@ def test_fields_that_came_later_do_not_stop_a_run(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, checkpoint.fingerprint(other, "abc"))
 
 
+def test_a_run_that_took_the_best_figure_does_not_go_on_with_a_tolerance(tmp_path: Path) -> None:
+    older = json.loads(FINGERPRINT)
+    del older["train"]["tolerance"]
+    checkpoint.save(tmp_path, json.dumps(older), Progress(3), {}, keep=1)
+    with pytest.raises(UserError, match=r"differing in\n  train\.tolerance: 0\.0 → 1\.0\nchoose"):
+        loaded(tmp_path)
+    as_before = Experiment(train={"tolerance": 0})  # type: ignore[arg-type]
+    assert checkpoint.load(tmp_path, checkpoint.fingerprint(as_before, "abc"))
+
+
 def test_where_the_values_come_from_does_not_matter() -> None:
     given, preset = (
         Experiment(loader={"augment": values})  # type: ignore[arg-type]

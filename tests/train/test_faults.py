@@ -231,17 +231,17 @@ def test_all_ranks_stop_at_one_step_when_one_is_told(endless: Path, moment: rand
 def test_a_rank_that_is_stopped_ends_all_by_name(endless: Path, moment: random.Random) -> None:
     """Either rank: 0 holds the store that the others speak through, as without torchrun."""
     folder, guilty = endless.parent / "run", moment.randrange(2)
-    endless.write_text(endless.read_text().replace("timeout: 1800.0", "timeout: 6"))
+    endless.write_text(endless.read_text().replace("timeout: 1800.0", "timeout: 10"))
     with started(endless, 2) as ranks:
         assert until(lambda: checkpoints(folder), ranks)
         time.sleep(moment.uniform(0, 0.5))
         os.kill(ranks[guilty].pid, signal.SIGSTOP)
         assert ended([ranks[1 - guilty]]) == [RESUMABLE], words(endless, 1 - guilty)
-    assert f"no step for 6 s (train.timeout): rank {guilty} " in words(endless, 1 - guilty)
+    assert f"no step for 10 s (train.timeout): rank {guilty} " in words(endless, 1 - guilty)
 
 
 def astray(method: str, config: Path, rank: int, size: int, port: int) -> None:
-    """Train; in rank 1 a method of the trainer never returns, the step's when three were made."""
+    """Train; in rank 1 a method of the trainer never returns, the step when three were made."""
     plain = getattr(encoder.Trainer, method)
 
     def hang(trainer: encoder.Trainer, *arguments: Any) -> Any:
@@ -254,15 +254,23 @@ def astray(method: str, config: Path, rank: int, size: int, port: int) -> None:
     train(config, rank, size, port)
 
 
-@pytest.mark.parametrize(("method", "last"), [("_build", "opening the shard set"), ("train_step", "step 3")])
+@pytest.mark.parametrize(
+    ("method", "last"),
+    [
+        ("_build", "opening the shard set"),
+        ("_distribute", "building the encoder"),
+        ("train_step", "step 3"),
+        ("save", "step 1"),
+    ],
+)
 def test_a_rank_that_never_comes_to_where_the_others_wait_is_named(
     method: str, last: str, endless: Path
 ) -> None:
-    endless.write_text(endless.read_text().replace("timeout: 1800.0", "timeout: 6"))
+    endless.write_text(endless.read_text().replace("timeout: 1800.0", "timeout: 10"))
     with started(endless, 2, partial(astray, method)) as ranks:
         assert ended(ranks) == [RESUMABLE] * 2, words(endless) + words(endless, 1)
     said = words(endless) + words(endless, 1)
-    assert f"no step for 6 s (train.timeout): rank 1 hangs after {last}; all ranks end" in said, said
+    assert f"no step for 10 s (train.timeout): rank 1 hangs after {last}; all ranks end" in said, said
     assert said.count("no step for") == 1, said
 
 

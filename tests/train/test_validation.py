@@ -102,55 +102,78 @@ def test_a_figure_says_what_each_group_contributes(monitor: str) -> None:
 NAN = math.nan
 
 
+def noted(monitor: str, values: list[float], *, tolerance: float, error: float = 0.01) -> Progress:
+    """Validations one after the other; any two of them differ with the same standard error."""
+    progress, taken = Progress(), []
+    settings = Train.model_validate({"monitor": monitor, "tolerance": tolerance})
+    for epoch, value in enumerate(values, 1):
+        progress.step = 5 * epoch
+        parts = error / math.sqrt(2) * np.eye(len(values))[epoch - 1]
+        figures = {monitor: value, "other": epoch}
+        taken.append(progress.note(figures, parts, of="this set", settings=settings, steps=5))
+    assert progress.best_figures["other"] == progress.best_step / 5 == len(taken) - taken[::-1].index(True)
+    assert progress.stale == len(values) - progress.top_step / 5
+    assert progress.history == pytest.approx(values, nan_ok=True)
+    return progress
+
+
 @pytest.mark.parametrize(
-    ("monitor", "values", "best", "top"),
+    ("monitor", "values", "taken", "top"),
     [
-        ("map_at_r", [0.2, 0.5, 0.4], 2, 2),  # by more than chance
-        ("map_at_r", [0.2, 0.5, 0.49], 3, 2),  # by no more than chance: the newest
-        ("map_at_r", [0.2, 0.5, 0.49, 0.48], 4, 2),
-        ("map_at_r", [0.5, 0.49, 0.51, 0.48], 3, 3),  # each is set against the highest, not the one before
+        ("map_at_r", [0.2, 0.5, 0.4], 2, 2),
+        ("map_at_r", [0.2, 0.5, 0.495], 3, 2),
+        ("map_at_r", [0.2, 0.5, 0.495, 0.48, 0.491], 5, 2),
+        ("map_at_r", [0.5, 0.494, 0.488], 2, 1),  # each is set against the best, not against the one before
+        ("map_at_r", [0.5, 0.494, 0.51, 0.4], 3, 3),
+        ("map_at_r", [0.5, 0.5], 2, 1),
         ("triplet_loss", [0.2, 0.1, 0.3], 2, 2),
-        ("triplet_loss", [0.2, 0.1, 0.11], 3, 2),
+        ("triplet_loss", [0.2, 0.1, 0.105], 3, 2),
         ("roc_auc", [NAN, 0.6, NAN], 2, 2),
     ],
 )
-def test_the_best_epoch_is_the_newest_that_is_not_surely_worse(
-    monitor: str, values: list[float], best: int, top: int
+def test_the_epoch_taken_is_the_newest_within_a_standard_error_of_the_best(
+    monitor: str, values: list[float], taken: int, top: int
 ) -> None:
-    progress, kept = Progress(), []
-    for epoch, value in enumerate(values, 1):
-        progress.step = 5 * epoch
-        parts = np.array([0.3, 0.01 * epoch, 0.01 * epoch])  # differences of √2 · 0.01 an epoch apart
-        kept.append(
-            progress.note({monitor: value, "other": epoch}, parts, monitor=monitor, tolerance=1.0, steps=5)
-        )
-    assert (progress.best_step, progress.top_step) == (5 * best, 5 * top)
-    assert progress.stale == len(values) - top
-    assert progress.best_figures["other"] == best == len(kept) - kept[::-1].index(True)
-    assert progress.history == pytest.approx(values, nan_ok=True)
+    progress = noted(monitor, values, tolerance=1)
+    assert (progress.best_step, progress.top_step) == (5 * taken, 5 * top)
+    progress = noted(monitor, values, tolerance=0)
+    assert progress.best_step == progress.top_step == 5 * top
 
 
-def test_without_tolerance_the_best_epoch_is_the_highest() -> None:
-    progress = Progress()
-    for epoch, value in enumerate((0.5, 0.7, 0.7 - 1e-9), 1):
-        progress.step = epoch
-        parts = np.array([0.1 * epoch, -0.1 * epoch])
-        progress.note({"roc_auc": value}, parts, monitor="roc_auc", tolerance=0, steps=1)
-    assert progress.best_step == progress.top_step == 2
+def test_figures_that_do_not_vary_take_the_first_of_equal_ones() -> None:
+    assert noted("roc_auc", [0.9, 1.0, 1.0, 1.0], tolerance=1, error=0).best_step == 10
+
+
+def test_epochs_are_not_compared_across_shard_sets() -> None:
+    progress, settings = noted("roc_auc", [0.9, 0.8], tolerance=1), Train()
+    progress.step = 15
+    assert progress.note({"roc_auc": 0.7}, np.zeros(3), of="another set", settings=settings, steps=5)
+    assert (progress.top, progress.top_step, progress.best_step, progress.stale) == (0.7, 15, 15, 0)
 
 
 def test_the_line_of_a_validation_says_why_it_is_taken() -> None:
-    progress, said = Progress(), []
-    for epoch, value in enumerate((0.8, 0.79, 0.5), 1):
-        progress.step = epoch
-        parts = np.array([0.02 * epoch, -0.02 * epoch])
-        progress.note({"knn_roc_auc": value}, parts, monitor="knn_roc_auc", tolerance=1, steps=1)
-        said.append(progress.said("knn_roc_auc", 1))
-    assert said == [
-        "epoch 1: validation knn AUC 0.800 (best)",
-        "epoch 2: validation knn AUC 0.790 (taken for best: behind 0.800 by no more than chance)",
-        "epoch 3: validation knn AUC 0.500 (highest 0.800)",
+    lines = [
+        noted("knn_roc_auc", [0.5, 0.8, 0.794, 0.7][:count], tolerance=1).said("knn_roc_auc", 5)
+        for count in (2, 3, 4)
     ]
+    assert lines == [
+        "epoch 2: validation knn AUC 0.800 (best)",
+        "epoch 3: validation knn AUC 0.794 (taken, 0.6 standard errors behind the best, 0.800)",
+        "epoch 4: validation knn AUC 0.700 (10.0 standard errors behind the best, 0.800)",
+    ]
+
+
+@pytest.mark.parametrize("known", ["best", "best_auc"])
+def test_what_older_checkpoints_took_for_best_is_what_newer_figures_are_set_against(known: str) -> None:
+    recorded = {"step": 10, known: 0.8, "best_step": 5, "history": [0.8, 0.7], "stale": 1, "run_id": None}
+    progress = Progress.of(recorded)
+    assert (progress.top, progress.top_step, progress.best_step) == (0.8, 5, 5)
+    progress.step = 15
+    assert not progress.note({"roc_auc": 0.79}, np.ones(3), of="this set", settings=Train(), steps=5)
+    progress.step = 20
+    assert progress.note({"roc_auc": 0.81}, np.ones(3), of="this set", settings=Train(), steps=5)
+    assert (progress.top, progress.top_step, progress.best_step) == (0.81, 20, 20)
+    assert Progress.of({"step": 0}).top is None
 
 
 def test_a_monitor_needs_what_it_is_made_from() -> None:
