@@ -171,7 +171,7 @@ class Train(Section):
     checkpoint_every: CountOrAuto = 0
     """Steps between checkpoints besides the one after each epoch; 0 is none."""
     keep: Count = 2
-    """Newest checkpoints kept, besides that of the best epoch."""
+    """Newest checkpoints kept, besides that of the epoch taken."""
     timeout: Positive = 1800
     """Seconds in which a rank makes no step, nor a part of the start, nor embeds a batch, until all ranks end
     and name the one that hangs."""
