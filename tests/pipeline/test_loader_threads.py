@@ -183,6 +183,7 @@ for number in range(10**9):
 @pytest.mark.parametrize("how", ["end", "raise", "interrupt", "kill"])
 def test_a_process_ends_at_once_and_leaves_nothing(cache: str, how: str, tiny_shards: ShardSet) -> None:
     """Without closing anything: at its end, by an error, by Ctrl-C, killed."""
+    begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tiny_shards.folder), cache, how],
         cwd=ROOT,
@@ -194,9 +195,9 @@ def test_a_process_ends_at_once_and_leaves_nothing(cache: str, how: str, tiny_sh
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "running\n"], process.communicate()[1]
     if how in ("interrupt", "kill"):
         process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
-    began = time.monotonic()
-    _, said = process.communicate(timeout=20)
-    assert time.monotonic() - began < 5
+    told = time.monotonic()
+    _, said = process.communicate(timeout=600)
+    assert time.monotonic() - told < max(5, told - begun)  # a busy machine is as slow at starting one
     expected = {"end": 0, "raise": 1, "interrupt": -signal.SIGINT, "kill": -signal.SIGKILL}
     assert process.returncode == expected[how], said
     assert ("KeyError: 'mine'" in said) == (how == "raise")
