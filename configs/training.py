@@ -59,8 +59,7 @@ class Loss(Section):
     """The triplets of each anchor, sought in the global batch over all ranks: one at `random`; `all`, those
     without a loss not counted; for every positive the nearest negative beyond it (`semi_hard`, FaceNet); the
     farthest positive with the nearest negative (`batch_hard`); or with the nearest one of the anchor's own
-    patient, where there is one (`patient_hard`). `all` with a soft margin grows with the cube of the global
-    batch, all else with its square."""
+    patient, where there is one (`patient_hard`). All grow with the square of the global batch."""
     schedule: dict[Mining, Part] = Field(default_factory=dict)
     """Minings that take over from `mining` after a share of `train.epochs`, from easy to hard, such as
     {semi_hard: 0.1, batch_hard: 0.5}; none: `mining` all along."""
