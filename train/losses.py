@@ -1,6 +1,6 @@
 """Losses on the whole global batch: B×B matrices, no dynamic shapes, no host synchronisation, compilable.
 
-Shapes: B global batch, D embedding, C classes. Anchors are rows, candidates columns. All work in float32.
+Shapes: B global batch, D embedding, C classes, T terms; rows are anchors, columns candidates. All is float32.
 """
 
 import math
@@ -35,6 +35,7 @@ def triplet(
     Schroff 2015, arXiv 1503.03832; with a soft margin log(1 + exp(d⁺ − d⁻)), Hermans 2017, arXiv 1703.07737.
 
     Args:
+        d_bb: of unit vectors, from 0 to 2.
         mining: `all` or one of `train.mining.MININGS`; over `all`, the average is of those with a loss.
         margin: None is the soft margin.
         uniform_b2: (B, 2) in [0, 1), which positive and which negative `random` takes.
@@ -92,15 +93,16 @@ def _soft_sum(d_bb: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """
     terms = _chebyshev(d_bb - 1)
     near_ta, far_ta = (torch.stack([t.where(mask, 0).sum(1) for t in terms]) for mask in pairs[:2])
-    return (near_ta * (_softplus_terms(d_bb.device).to(d_bb.dtype) @ far_ta)).sum()
+    # In float64, which no GPU makes TensorFloat-32 of, in the backward pass either.
+    return (near_ta * (_softplus_terms(d_bb.device) @ far_ta.double()).to(d_bb.dtype)).sum()
 
 
 def _chebyshev(x: torch.Tensor) -> list[torch.Tensor]:
-    """The first TERMS, each of its halves; one by one, a compiler that fuses would write most many times."""
+    """The first TERMS, each of two of half its order, so that a backward pass needs the first half alone."""
     terms = [torch.ones_like(x), x]
     for order in range(2, TERMS):
         half, rest = terms[order // 2], terms[order - order // 2]
-        terms.append(2 * half * rest - (x if order % 2 else 1))  # 2 TᵢTⱼ = Tᵢ₊ⱼ + T|ᵢ₋ⱼ|
+        terms.append(2 * (half * rest) - (x if order % 2 else 1))  # 2 TᵢTⱼ = Tᵢ₊ⱼ + T|ᵢ₋ⱼ|
     return terms
 
 

@@ -1,5 +1,6 @@
 """The losses against pytorch-metric-learning and slow loops, their gradients too; compiled; in half types."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -150,15 +151,15 @@ def test_a_soft_margin_over_all_triplets_is_exact_from_end_to_end_of_the_distanc
     d = d.flatten()[torch.randperm(65 * 65, generator=torch.Generator().manual_seed(0))].reshape(65, 65)
     pairs = Pairs.of(torch.arange(65) % 3, torch.arange(65))
     settings: dict[str, Any] = {"mining": "all", "margin": None, "uniform_b2": torch.zeros(65, 2)}
-    mine, exact = d.float().requires_grad_(), d.clone().requires_grad_()
+    mine, exact = d.clone().requires_grad_(), d.clone().requires_grad_()
     loss = triplet(mine, pairs, **settings).loss
     gap = (exact[:, :, None] - exact[:, None, :])[pairs.positive[:, :, None] & pairs.negative[:, None, :]]
     expected = F.softplus(gap).mean()
-    torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=2e-11)
     loss.backward()
     expected.backward()
     assert mine.grad is not None
-    torch.testing.assert_close(mine.grad.double(), exact.grad, atol=0, rtol=2e-5)
+    torch.testing.assert_close(mine.grad, exact.grad, atol=0, rtol=1e-8)
 
 
 def test_the_contrastive_loss_equals_a_slow_loop() -> None:
@@ -336,6 +337,38 @@ def test_losses_of_half_vectors_are_in_float32(dtype: torch.dtype) -> None:
     ):
         assert loss(half).dtype == torch.float32
         torch.testing.assert_close(loss(half), loss(half.float()))
+
+
+class TensorFloat32(TorchDispatchMode):
+    """Matrix products as such a GPU makes them of float32: of 10 bits of mantissa, rounded to even."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            args = [self._rounded(a) if a.dtype == torch.float32 else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _rounded(of: torch.Tensor) -> torch.Tensor:
+        bits = of.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["soft", "supcon", "semi_hard"])
+def test_a_backward_pass_in_tensorfloat32_keeps_the_gradient_of_near_embeddings(name: str) -> None:
+    """Only the forward pass is under `exact_products`: the backbone's products may be rounded."""
+    settings = OBJECTIVES[name]
+    vectors, *rest = batch(3, count=48)
+    raw = 0.01 * vectors + torch.ones(vectors.shape[1])
+    gradients = []
+    for mode in (contextlib.nullcontext(), TensorFloat32()):
+        given = raw.clone().requires_grad_()
+        loss = step(learner(settings), (given, *rest), settings)  # type: ignore[arg-type]
+        with mode:
+            loss.backward()
+        assert given.grad is not None
+        gradients.append(given.grad)
+    exact, rounded = gradients
+    assert 0 < (rounded - exact).norm() < 2e-3 * exact.norm()
 
 
 class Watched(TorchDispatchMode):
