@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 
 from configs.fields import Count, CountOrAuto, NonNegative, Part, Positive, Section, Seed
 
-Mining = Literal["random", "all", "semi_hard", "batch_hard", "patient_hard"]
+Mining = Literal["random", "all", "semi_hard", "batch_hard", "easy_positive", "patient_hard"]
 
 
 def _in_one_line(value: Any, margin: ValidatorFunctionWrapHandler) -> Any:
@@ -58,8 +58,9 @@ class Loss(Section):
     mining: Mining = "all"
     """The triplets of each anchor, sought in the global batch over all ranks: one at `random`; `all`, those
     without a loss not counted; for every positive the nearest negative beyond it (`semi_hard`, FaceNet); the
-    farthest positive with the nearest negative (`batch_hard`); or with the nearest one of the anchor's own
-    patient, where there is one (`patient_hard`). All grow with the square of the global batch."""
+    farthest positive with the nearest negative (`batch_hard`), or with the nearest one of the anchor's own
+    patient, where there is one (`patient_hard`); the nearest positive with the nearest negative
+    (`easy_positive`). All grow with the square of the global batch."""
     schedule: dict[Mining, Part] = Field(default_factory=dict)
     """Minings that take over from `mining` after a share of `train.epochs`, from easy to hard, such as
     {semi_hard: 0.1, batch_hard: 0.5}; none: `mining` all along."""

@@ -72,6 +72,15 @@ def _batch_hard(d_bb: torch.Tensor, pairs: Pairs, _: torch.Tensor) -> Triplets:
     return Triplets(_farthest(d_bb, pairs.positive), _nearest(d_bb, pairs.negative), _anchors(pairs))
 
 
+def _easy_positive(d_bb: torch.Tensor, pairs: Pairs, _: torch.Tensor) -> Triplets:
+    """Each anchor with its nearest positive and nearest negative: (B,).
+
+    Xuan 2020, arXiv 1904.04370: a class of many kinds, such as all that is not melanoma, need not lie in one
+    place.
+    """
+    return Triplets(_nearest(d_bb, pairs.positive), _nearest(d_bb, pairs.negative), _anchors(pairs))
+
+
 def _patient_hard(d_bb: torch.Tensor, pairs: Pairs, _: torch.Tensor) -> Triplets:
     """As batch-hard, but with the nearest negative of the anchor's own patient, where there is one: (B,).
 
@@ -99,6 +108,7 @@ MININGS: dict[str, Callable[[torch.Tensor, Pairs, torch.Tensor], Triplets]] = {
     "random": _random,
     "semi_hard": _semi_hard,
     "batch_hard": _batch_hard,
+    "easy_positive": _easy_positive,
     "patient_hard": _patient_hard,
 }
 """`all` is no choice: `train.losses` sums over it without listing it."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning import losses as pml
-from pytorch_metric_learning.miners import BatchHardMiner
+from pytorch_metric_learning.miners import BaseMiner, BatchEasyHardMiner, BatchHardMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,7 +79,8 @@ def slow_triplets(vectors: torch.Tensor, given: Batch, mining: str, kind: str) -
                 chosen.append((a, p, n))
         else:
             among = own if own and mining == "patient_hard" else negatives
-            chosen.append((a, max(positives, key=d[a].__getitem__), min(among, key=d[a].__getitem__)))
+            of = min if mining == "easy_positive" else max
+            chosen.append((a, of(positives, key=d[a].__getitem__), min(among, key=d[a].__getitem__)))
     return chosen
 
 
@@ -122,7 +123,8 @@ def test_a_triplet_loss_and_its_gradient_equal_a_slow_loop(
     assert_alike(given[0], lambda v: mined(v, given, mining, margin, kind).loss, lambda v: slow(v)[0].mean())
     found, (_, near, far) = mined(given[0], given, mining, margin, kind), slow(given[0].double())
     active = (near - far + (margin or 0) > 0).double().mean()
-    assert 0 < active < 1 or mining in ("batch_hard", "patient_hard")  # both sides of the hinge
+    # Both sides of the hinge, but with the nearest negatives.
+    assert 0 < active < 1 or mining in ("batch_hard", "easy_positive", "patient_hard")
     for value, expected in [
         (found.active, active),
         (found.positive, near.mean()),
@@ -137,11 +139,22 @@ def test_triplet_losses_are_those_of_pytorch_metric_learning(margin: float | Non
     labels, settings = given[1], {"margin": margin or 0, "smooth_loss": margin is None}
     every = pml.TripletMarginLoss(**settings)
     assert_alike(given[0], lambda v: mined(v, given, "all", margin).loss, lambda v: every(v, labels))
-    hardest = pml.TripletMarginLoss(**settings, reducer=MeanReducer())
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize(
+    ("mining", "miner"),
+    [("batch_hard", BatchHardMiner()), ("easy_positive", BatchEasyHardMiner("easy", "hard"))],
+)
+def test_mined_triplets_are_those_of_pytorch_metric_learning(
+    mining: str, miner: BaseMiner, margin: float | None
+) -> None:
+    given = batch(7, count=24)
+    theirs = pml.TripletMarginLoss(margin or 0, smooth_loss=margin is None, reducer=MeanReducer())
     assert_alike(
         given[0],
-        lambda v: mined(v, given, "batch_hard", margin).loss,
-        lambda v: hardest(v, labels, BatchHardMiner()(v, labels)),
+        lambda v: mined(v, given, mining, margin).loss,
+        lambda v: theirs(v, given[1], miner(v, given[1])),
     )
 
 
