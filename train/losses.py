@@ -1,6 +1,6 @@
 """Losses on the whole global batch: B×B matrices, no dynamic shapes, no host synchronisation, compilable.
 
-Shapes: B global batch, D embedding, C classes, T terms; rows are anchors, columns candidates. All is float32.
+Shapes: B global batch, D embedding, C classes, T terms; rows are anchors, columns candidates. Results: float32.
 """
 
 import math
@@ -92,9 +92,9 @@ def _soft_sum(d_bb: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     is the sum of each polynomial over them, as in the fast Gauss transform (Greengard and Strain 1991).
     """
     terms = _chebyshev(d_bb - 1)
-    near_ta, far_ta = (torch.stack([t.where(mask, 0).sum(1) for t in terms]) for mask in pairs[:2])
+    near_tb, far_tb = (torch.stack([t.where(mask, 0).sum(1) for t in terms]) for mask in pairs[:2])
     # In float64, which no GPU makes TensorFloat-32 of, in the backward pass either.
-    return (near_ta * (_softplus_terms(d_bb.device) @ far_ta.double()).to(d_bb.dtype)).sum()
+    return (near_tb * (_softplus_terms(d_bb.device) @ far_tb.double()).to(d_bb.dtype)).sum()
 
 
 def _chebyshev(x: torch.Tensor) -> list[torch.Tensor]:
