@@ -64,8 +64,10 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
         ("train: 3", "train: input should be an object, found 3"),
         (
             "loss: {mining: semihard}",
-            "'random', 'all', 'semi_hard', 'batch_hard', 'easy_positive' or 'patient_hard', "
-            'found "semihard"',
+            (
+                "'random', 'all', 'semi_hard', 'batch_hard', 'easy_positive' or 'patient_hard', "
+                'found "semihard"'
+            ),
         ),
         ("loss: {margin: hard}", 'x.yaml: loss.margin: a number above 0 or soft was expected, found "hard"'),
         ("loss: {margin: 0}", "loss.margin: a number above 0 or soft was expected, found 0"),
