@@ -1,6 +1,6 @@
 """Losses on the whole global batch: B×B matrices, no dynamic shapes, no host synchronisation, compilable.
 
-Shapes: B global batch, D embedding, C classes, T terms; rows are anchors, columns candidates. Results: float32.
+Shapes: B global batch, D embedding, C classes, T terms; rows anchors, columns candidates. Results: float32.
 """
 
 import math
