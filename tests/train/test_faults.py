@@ -3,6 +3,7 @@
 Every fault is tried once; `pytest tests/train/test_faults.py --tries 20` tries it at as many random moments.
 """
 
+import ctypes
 import io
 import json
 import multiprocessing
@@ -312,12 +313,13 @@ def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path) -> None:
 
 
 def weigh(config: Path, *rank: int) -> None:
-    """Train, and note the resident memory after every validation."""
+    """Train, and note the resident memory after every validation, less what the allocator keeps for later."""
     plain, sizes = encoder.Trainer.validate, []
 
     def validate(trainer: encoder.Trainer) -> None:
         plain(trainer)
         trainer.saver.settle()
+        ctypes.CDLL(None).malloc_trim(0)  # free pages of its arenas come and go by 10 MB
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
         config.with_name("sizes.json").write_text(json.dumps(sizes))
@@ -338,7 +340,7 @@ def test_memory_is_flat_over_epochs(tiny_experiment: Any, tmp_path: Path) -> Non
     sizes = np.array(json.loads((tmp_path / "sizes.json").read_text())) / 1e6
     assert len(sizes) == epochs
     slope = np.polyfit(np.arange(epochs // 2), sizes[epochs // 2 :], 1)[0]
-    assert slope < 3, f"{slope:.2f} MB an epoch: {sizes.round()}"  # the weights alone are 10 MB
+    assert slope < 1, f"{slope:.2f} MB an epoch: {sizes.round()}"  # the weights alone are 10 MB
 
 
 def launch(config: Path) -> None:
