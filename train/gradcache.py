@@ -90,11 +90,15 @@ def _set_random_state(device: torch.device, state: list[torch.Tensor]) -> None:
 def _counted_already(module: nn.Module) -> Iterator[None]:
     """Batch norms that use a batch's statistics without keeping them."""
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    before = [count.clone() for count in counts]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, tracked) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, tracked
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for count, value in zip(counts, before, strict=True):
+            count.copy_(value)

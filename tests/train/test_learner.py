@@ -171,14 +171,18 @@ def test_dropout_falls_on_the_same_in_both_passes() -> None:
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_batch_statistics_are_a_micro_batchs_and_count_once() -> None:
+@pytest.mark.parametrize("across_ranks", [False, True])
+def test_batch_statistics_are_a_micro_batchs_and_count_once(across_ranks: bool) -> None:
     one, other = learner(SUM, norm=True), learner(SUM, norm=True, micro_batch=4)
+    if across_ranks:  # one rank alone: a CPU's ranks cannot share them
+        nn.SyncBatchNorm.convert_sync_batchnorm(other.encoder.backbone)
     expected, found = in_turn(one, 4), gradients(other)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
     for name, buffer in one.named_buffers():
         torch.testing.assert_close(dict(other.named_buffers())[name], buffer)
     norm = other.encoder.backbone.layers[1]
+    assert isinstance(norm, nn.SyncBatchNorm) == across_ranks
     assert norm.num_batches_tracked == 4 and norm.momentum == 0.1
     whole = gradients(learner(SUM, norm=True))
     assert not torch.allclose(whole["loss"], found["loss"])
