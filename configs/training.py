@@ -16,11 +16,12 @@ def _in_one_line(value: Any, margin: ValidatorFunctionWrapHandler) -> Any:
         return margin(value)
     except ValidationError:
         raise ValueError(
-            f"a number above 0 or soft was expected, found {json.dumps(value, default=str)}"
+            f"a number above 0, at most 2, or soft was expected, found {json.dumps(value, default=str)}"
         ) from None
 
 
-Margin = Annotated[Positive | Literal["soft"], WrapValidator(_in_one_line)]
+Distance = Annotated[float, Field(gt=0, le=2)]
+Margin = Annotated[Distance | Literal["soft"], WrapValidator(_in_one_line)]
 
 
 class Model(Section):
@@ -32,7 +33,7 @@ class Model(Section):
     weights: str = "none"
     """What the backbone starts from: `none` (random), `imagenet` (the best that its library has, downloaded),
     a name of torchvision's such as `IMAGENET1K_V2`, or a local state dict (.pth, .safetensors)."""
-    embedding_dim: Count = 512
+    embedding_dim: Annotated[int, Field(ge=2)] = 512
     """Length of the L2-normalised embedding."""
     projection: Literal["linear", "mlp"] = "linear"
     """From the backbone's features to the embedding: one layer; or two of the features' width, with batch
@@ -60,7 +61,8 @@ class Loss(Section):
     without a loss not counted; for every positive the nearest negative beyond it (`semi_hard`, FaceNet); the
     farthest positive with the nearest negative (`batch_hard`), or with the nearest one of the anchor's own
     patient, where there is one (`patient_hard`); the nearest positive with the nearest negative
-    (`easy_positive`). All grow with the square of the global batch."""
+    (`easy_positive`; an image that is twice in a batch is its own). All grow with the square of the global
+    batch."""
     schedule: dict[Mining, Part] = Field(default_factory=dict)
     """Minings that take over from `mining` after a share of `train.epochs`, from easy to hard, such as
     {semi_hard: 0.1, batch_hard: 0.5}; none: `mining` all along."""
@@ -72,11 +74,11 @@ class Loss(Section):
     """Of unit vectors, for `triplet` and `contrastive`; `cosine` is 1 − cos."""
     contrastive: NonNegative = 0.0
     """Weight of the contrastive loss (Hadsell 2006) over all pairs."""
-    contrastive_margin: Positive = 0.5
+    contrastive_margin: Distance = 0.5
     """Distance beyond which the contrastive loss leaves negatives alone."""
     supcon: NonNegative = 0.0
     """Weight of the supervised contrastive loss (Khosla 2020)."""
-    supcon_temperature: Positive = 0.1
+    supcon_temperature: Annotated[float, Field(ge=1e-3)] = 0.1
     """Temperature of the supervised contrastive loss."""
     arcface: NonNegative = 0.0
     """Weight of the class-balanced additive angular margin loss (Deng 2019)."""
@@ -172,7 +174,7 @@ class Train(Section):
     """Steps between checkpoints besides the one after each epoch; 0 is none."""
     keep: Count = 2
     """Newest checkpoints kept, besides that of the epoch taken."""
-    timeout: Positive = 1800
+    timeout: Annotated[float, Field(gt=0, le=1e8)] = 1800
     """Seconds in which a rank makes no step, nor a part of the start, nor embeds a batch, until all ranks end
     and name the one that hangs."""
     allow_changed: tuple[str, ...] = ()

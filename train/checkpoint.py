@@ -15,7 +15,7 @@ from configs.schema import Experiment
 from shards.files import atomic, writing
 from train.progress import Progress
 
-# What may change between the parts of one run: none of it changes the result.
+# What may change between the parts of one run: none of it changes the result, but for rounding.
 FREE: dict[str, Any] = {
     "loader": {
         "threads": True,

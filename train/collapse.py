@@ -5,6 +5,7 @@ import torch
 
 from configs.training import Loss as Settings
 from train.distances import Pairs, cosines, diagonal, distances
+from train.precision import exact_products
 
 QUANTILES = (0.1, 0.5, 0.9)
 RANKED = 256  # embeddings whose effective rank is taken; of many it would cost tens of milliseconds
@@ -40,6 +41,7 @@ def effective_rank(embeddings_bd: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+@exact_products()
 def embedding_figures(
     embeddings_bd: torch.Tensor, labels_b: torch.Tensor, kind: str = "euclidean"
 ) -> dict[str, float]:
@@ -74,7 +76,7 @@ def collapse(figures: dict[str, float], settings: Settings) -> tuple[str, str] |
     alike. The effective rank raises no alarm, since two classes apart as far as can be lie on one line.
 
     Args:
-        figures: a logged line: `epoch`, `spread`, and the triplets' mean distances where they are mined.
+        figures: a logged line: `epoch`, `spread`, and the mean distances of the triplets where there are any.
     """
     if figures["epoch"] < 1:
         return None
@@ -84,12 +86,19 @@ def collapse(figures: dict[str, float], settings: Settings) -> tuple[str, str] |
             "begin with an easier loss.mining (loss.schedule brings the harder), or raise loss.classification"
         )
         return "collapse", text
-    if settings.triplet:
-        gap = figures["distance_negative"] - figures["distance_positive"]
-        if abs(gap) < (0.01 if settings.margin == "soft" else 0.1 * settings.margin):
-            text = (
-                f"negatives are as near as positives (by {gap:.3f}), so that triplets teach nothing; raise "
-                "loss.classification, lower train.lr, or try another loss.mining"
-            )
-            return "triplets teach nothing" if settings.margin == "soft" else "stuck at the margin", text
+    if not settings.triplet:
+        return None
+    if "distance_negative" not in figures:
+        text = (
+            "no batch since the last line held two images of a class and one of another, so that there are "
+            "no triplets; take loader.sampler=balanced or patient, or raise loader.global_batch"
+        )
+        return "no triplets", text
+    gap = figures["distance_negative"] - figures["distance_positive"]
+    if abs(gap) < (0.01 if settings.margin == "soft" else 0.1 * settings.margin):
+        text = (
+            f"negatives are as near as positives (by {gap:.3f}), so that triplets teach nothing; raise "
+            "loss.classification, lower train.lr, or try another loss.mining"
+        )
+        return "triplets teach nothing" if settings.margin == "soft" else "stuck at the margin", text
     return None

@@ -139,8 +139,8 @@ class Trainer:
                 ) from None
             self.centroids.load(state["centroids"])
             self.best = state["best"]
-        if "meter" in state:
-            self.meter.load(state["meter"], self.world.device)
+        if "figures" in state:
+            self.meter.load(state["figures"], self.world.device)
         limits = {"limit": self.settings.max_bad_steps, "world_size": self.world.size}
         self.guard = Guard(self.bare, device=self.world.device, **limits)
         if "guard" in state:
@@ -158,7 +158,7 @@ class Trainer:
             "centroids": self.centroids.state(),
             "guard": self.guard.state(),
             "skipped_told": self.skipped,
-            "meter": self.meter.state(),
+            "figures": self.meter.state(),
             "best": self.best,
         }
 
@@ -183,7 +183,7 @@ class Trainer:
             self.train_epoch(stop)
             if self.validation_due:
                 self.validate()
-            self.save()
+            self.save(torch.tensor(True))  # with what validation has found, though the last step may be bad
             if stop.agreed(now=True):
                 self.leave()
         self.export()
@@ -224,7 +224,7 @@ class Trainer:
             if stop.agreed() and not ended:
                 self.leave()
             if self._due(self.settings.checkpoint_every) and not ended:
-                self.save()
+                self.save(self.good)
 
     def train_step(self, batch: Batch) -> tuple[Outcome, torch.Tensor]:
         """One optimiser step, taken if it is `good`; returns what happened and the gradient's norm."""
@@ -292,15 +292,18 @@ class Trainer:
         self.console.say(self.progress.said(monitor, self.steps))
         self.meter.reset()
 
-    def save(self) -> None:
-        """Checkpoint this step, while training goes on. Every rank holds the same state: rank 0 writes it."""
+    def save(self, good: torch.Tensor) -> None:
+        """Checkpoint this step, if it is good, while training goes on.
+
+        Every rank holds the same state: rank 0 writes it.
+        """
         if self.world.main:
-            self.saver.save(self.progress, self._state(), self.good)
+            self.saver.save(self.progress, self._state(), good)
 
     def leave(self) -> Never:
         """Save this step, and end on all ranks."""
+        self.save(torch.tensor(True))
         if self.world.main:
-            self.saver.save(self.progress, self._state(), torch.tensor(True))
             self.saver.settle(must=True)
         barrier()  # a launcher ends the others when one has ended
         raise StoppedError(

@@ -16,7 +16,10 @@ TERMS = 12  # Chebyshev polynomials that a soft margin is made of
 
 
 class Mined(NamedTuple):
-    """A triplet loss and what is worth watching about it, all scalars on the device."""
+    """A triplet loss and what is worth watching about it, all scalars on the device.
+
+    Without any triplet the loss is 0, and what is to be watched NaN.
+    """
 
     loss: torch.Tensor
     active: torch.Tensor
@@ -39,8 +42,6 @@ def triplet(
         mining: `all` or one of `train.mining.MININGS`; over `all`, the average is of those with a loss.
         margin: None is the soft margin.
         uniform_b2: (B, 2) in [0, 1), which positive and which negative `random` takes.
-
-    Without any triplet the loss is 0.
     """
     if mining == "all":
         return _all(d_bb, pairs, margin)
@@ -49,10 +50,15 @@ def triplet(
     loss = F.softplus(gap) if margin is None else F.relu(gap + margin)
     return Mined(
         loss=mean_where(loss, mined.valid),
-        active=mean_where((gap + (margin or 0) > 0).float(), mined.valid),
-        positive=mean_where(mined.positive, mined.valid).detach(),
-        negative=mean_where(mined.negative, mined.valid).detach(),
+        active=_mean_if_any((gap + (margin or 0) > 0).float(), mined.valid),
+        positive=_mean_if_any(mined.positive, mined.valid),
+        negative=_mean_if_any(mined.negative, mined.valid),
     )
+
+
+def _mean_if_any(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mean of the valid values, a scalar without gradient; NaN if there are none."""
+    return values.detach().where(valid, 0).sum() / valid.sum()
 
 
 def _all(d_bb: torch.Tensor, pairs: Pairs, margin: float | None) -> Mined:
@@ -62,19 +68,20 @@ def _all(d_bb: torch.Tensor, pairs: Pairs, margin: float | None) -> Mined:
     and a hinge's sum over them is a prefix sum's: O(B² log B). For a soft margin see `_soft_sum`.
     """
     positives, negatives = pairs.positive.sum(1), pairs.negative.sum(1)
-    count = (positives * negatives).sum().clamp(min=1)
+    count = (positives * negatives).sum()
     sorted_bb = d_bb.masked_fill(~pairs.negative, FAR).sort(1).values
     reach_bb = d_bb + (margin or 0)
     # How many negatives of an anchor lie nearer than each positive plus the margin.
     nearer_bb = torch.searchsorted(sorted_bb.detach(), reach_bb.detach().contiguous())
     active = nearer_bb.where(pairs.positive, 0).sum()
     if margin is None:
-        loss = _soft_sum(d_bb, pairs) / count
+        loss = _soft_sum(d_bb, pairs) / count.clamp(min=1)
     else:
         prefix_bb = F.pad(sorted_bb.where(sorted_bb < FAR, 0).cumsum(1), (1, 0))
         sums_bb = nearer_bb * reach_bb - prefix_bb.gather(1, nearer_bb)
         loss = sums_bb.where(pairs.positive, 0).sum() / active.clamp(min=1)
-    to_positives, to_negatives = (d_bb.detach().where(mask, 0).sum(1) for mask in pairs[:2])
+    masks = pairs.positive, pairs.negative
+    to_positives, to_negatives = (d_bb.detach().where(mask, 0).sum(1) for mask in masks)
     return Mined(
         loss=loss,
         active=active / count,
@@ -92,7 +99,8 @@ def _soft_sum(d_bb: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     is the sum of each polynomial over them, as in the fast Gauss transform (Greengard and Strain 1991).
     """
     terms = _chebyshev(d_bb - 1)
-    near_tb, far_tb = (torch.stack([t.where(mask, 0).sum(1) for t in terms]) for mask in pairs[:2])
+    masks = pairs.positive, pairs.negative
+    near_tb, far_tb = (torch.stack([t.where(mask, 0).sum(1) for t in terms]) for mask in masks)
     # In float64, which no GPU makes TensorFloat-32 of, in the backward pass either.
     return (near_tb * (_softplus_terms(d_bb.device) @ far_tb.double()).to(d_bb.dtype)).sum()
 

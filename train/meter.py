@@ -18,7 +18,7 @@ class Meter:
     def reset(self) -> None:
         """Forget what was measured."""
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps: torch.Tensor | int = 0
+        self._counts: dict[str, torch.Tensor] = {}
         self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -32,20 +32,23 @@ class Meter:
             yield batch
 
     def add(self, images: int, figures: dict[str, torch.Tensor], good: torch.Tensor) -> None:
-        """Count a step: its images over all ranks, and scalars on the device, which count if `good` does."""
+        """Count a step: its images over all ranks, and scalars on the device.
+
+        These count if the step is `good`; one that is NaN is a figure that the step does not have.
+        """
         self._images += images
-        self._steps = self._steps + good
-        self._sums = {
-            name: self._sums.get(name, 0) + torch.where(good, value, 0) for name, value in figures.items()
-        }
+        for name, value in figures.items():
+            there = good & ~value.isnan()
+            self._sums[name] = self._sums.get(name, 0) + torch.where(there, value, 0)
+            self._counts[name] = self._counts.get(name, 0) + there
 
     def read(self) -> dict[str, float]:
         """Means since the last reading, `images_per_second` of all ranks, `data_wait` of this one (0..1).
 
-        Without a single good step there are no means.
+        A figure that no step had has no mean.
         """
-        steps = int(self._steps)
-        figures = {name: float(value) / steps for name, value in self._sums.items()} if steps else {}
+        counts = {name: int(count) for name, count in self._counts.items()}
+        figures = {name: float(self._sums[name]) / count for name, count in counts.items() if count}
         seconds = time.perf_counter() - self._since  # after the device has caught up
         figures |= {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
         self.reset()
@@ -53,12 +56,13 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint between two readings: all but the clock."""
-        return {"sums": self._sums, "steps": self._steps}
+        return {"sums": self._sums, "counts": self._counts}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """From a checkpoint."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._steps = torch.as_tensor(state["steps"], device=device)
+        self._sums, self._counts = (
+            {name: value.to(device) for name, value in state[kind].items()} for kind in ("sums", "counts")
+        )
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:

@@ -38,7 +38,8 @@ def bench(
     One process, and the first GPU if there is one. Backbone, embedding, images, order and batch are the same
     for all; weights are random, which takes as long.
 
-        reference                   DataLoader, Pillow, torchvision; random triplets; float32; Adam
+        reference                   DataLoader, Pillow, torchvision; random triplets; float32, on a GPU in
+                                    TensorFloat-32 as `train.tf32` says; Adam
         moleprint                   the trainer's own loader and step
         moleprint, resident batch   the same step on one batch that is there: as fast as no loading would be
 

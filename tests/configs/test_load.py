@@ -69,8 +69,11 @@ def test_all_mistakes_are_reported_at_once(written: Any, tmp_path: Path) -> None
                 'found "semihard"'
             ),
         ),
-        ("loss: {margin: hard}", 'x.yaml: loss.margin: a number above 0 or soft was expected, found "hard"'),
-        ("loss: {margin: 0}", "loss.margin: a number above 0 or soft was expected, found 0"),
+        (
+            "loss: {margin: hard}",
+            'x.yaml: loss.margin: a number above 0, at most 2, or soft was expected, found "hard"',
+        ),
+        ("loss: {margin: 0}", "loss.margin: a number above 0, at most 2, or soft was expected, found 0"),
         ("loader: {augment: {scale: [1]}}", "loader.augment.scale.1: field required"),
         ("pack: {ratios: {train: 0.5}}", "pack.ratios: train + val + test must be 1, found 0.8"),
         (

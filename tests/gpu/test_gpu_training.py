@@ -94,7 +94,7 @@ def test_a_step_never_waits_for_the_device(tiny_shards: ShardSet, tmp_path: Path
         outcome, norm = trainer.train_step(batch)
         trainer.centroids.add(outcome.embeddings, outcome.labels, trainer.good)
         trainer.meter.add(32, {**outcome.figures, "grad_norm": norm}, trainer.good)
-        trainer.save()
+        trainer.save(trainer.good)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.meter.read()["loss"] > 0 and trainer.guard.check() == 0
@@ -130,7 +130,7 @@ def test_a_checkpoint_from_a_gpu_holds_the_step_it_was_asked_for(
     batches = trainer.data.training.epoch()
     trainer.train_step(next(batches))
     expected = {name: value.cpu().clone() for name, value in trainer.bare.state_dict().items()}
-    trainer.save()
+    trainer.save(trainer.good)
     trainer.train_step(next(batches))  # changes the weights while they are on their way to the host
     trainer.saver.settle(must=True)
     saved = torch.load(tmp_path / "checkpoints/step-00000000.pt", weights_only=True)["learner"]

@@ -96,3 +96,11 @@ def test_a_collapse_is_called_by_its_name(
 ) -> None:
     found = collapse(HEALTHY | changes, Loss(**settings))  # type: ignore[arg-type]
     assert (found[0] if found else None) == name
+
+
+def test_no_triplets_is_not_stuck_at_the_margin() -> None:
+    """The remedy is another: batches that hold more than one class."""
+    none = {"epoch": 1.5, "spread": 0.6}
+    found = collapse(none, Loss())
+    assert found and found[0] == "no triplets" and "loader.sampler=balanced" in found[1]
+    assert collapse(none, Loss(triplet=0)) is None
