@@ -50,13 +50,15 @@ BENCH := configs/demo.yaml pack.output=data/demo/shards-256 pack.encode.size=256
   train.precision=auto
 
 gpu-check: setup ## on a machine with a GPU: its tests and benchmarks, short tables last; files in OUT
-	$(BIN)/python -m pytest tests/gpu -rs
+	mkdir -p "$(OUT)"
+	$(BIN)/python -m pytest tests/gpu -rs; echo $$? > "$(OUT)/tests.status"
 	test -e data/demo/images/metadata.csv || $(BIN)/moleprint synthesize configs/demo.yaml
 	test -e data/demo/shards-256/dataset.json || $(BIN)/moleprint pack $(BENCH)
-	mkdir -p "$(OUT)"
-	$(BIN)/moleprint bench loader $(BENCH) --json "$(OUT)/loader.json" > "$(OUT)/loader.txt"
-	$(BIN)/moleprint bench step $(BENCH) --json "$(OUT)/step.json" > "$(OUT)/step.txt"
-	@cat "$(OUT)/loader.txt" && echo && cat "$(OUT)/step.txt"
+	for verb in loader step train; do \
+	  $(BIN)/moleprint bench $$verb $(BENCH) --json "$(OUT)/$$verb.json" > "$(OUT)/$$verb.txt" || exit 1; done
+	$(BIN)/moleprint bench train $(BENCH) train.compile=true --json "$(OUT)/compiled.json" > "$(OUT)/compiled.txt"
+	@for name in loader step train compiled; do cat "$(OUT)/$$name.txt"; echo; done
+	@exit $$(cat "$(OUT)/tests.status")
 
 clean: ## remove .venv, caches, the demo's data and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info data/demo runs/demo runs/gpu-check
