@@ -54,7 +54,7 @@ class Model(Section):
 class Loss(Section):
     """What the encoder minimises: a sum of losses, each times its weight, zero leaving it out."""
 
-    triplet: NonNegative = 0.5
+    triplet: NonNegative = 0.1
     """Weight of the triplet loss."""
     mining: Mining = "all"
     """The triplets of each anchor, sought in the global batch over all ranks: one at `random`; `all`, those
