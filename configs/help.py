@@ -58,7 +58,7 @@ def _type(annotation: Any) -> str:
         return f"list of {len(arguments)} × {_type(arguments[0])}"
     if hasattr(annotation, "__metadata__"):  # Annotated[type, limits]
         inner = [limit for part in annotation.__metadata__ for limit in _limits(part)]
-        return " ".join([_type(arguments[0]), *inner])
+        return f"{_type(arguments[0])} {' and '.join(inner)}".rstrip()
     if arguments:  # a union
         return " or ".join(_type(a) for a in arguments if a is not type(None))
     names = {int: "integer", float: "number", str: "text", bool: "true | false"}

@@ -174,7 +174,7 @@ class Train(Section):
     """Steps between checkpoints besides the one after each epoch; 0 is none."""
     keep: Count = 2
     """Newest checkpoints kept, besides that of the epoch taken."""
-    timeout: Annotated[float, Field(gt=0, le=1e8)] = 1800
+    timeout: Annotated[float, Field(gt=0, le=100_000_000)] = 1800
     """Seconds in which a rank makes no step, nor a part of the start, nor embeds a batch, until all ranks end
     and name the one that hangs."""
     allow_changed: tuple[str, ...] = ()

@@ -183,7 +183,7 @@ class Trainer:
             self.train_epoch(stop)
             if self.validation_due:
                 self.validate()
-            self.save(torch.tensor(True))  # with what validation has found, though the last step may be bad
+            self.save(torch.ones_like(self.good))  # validated, though its last step may have been bad
             if stop.agreed(now=True):
                 self.leave()
         self.export()
@@ -302,7 +302,7 @@ class Trainer:
 
     def leave(self) -> Never:
         """Save this step, and end on all ranks."""
-        self.save(torch.tensor(True))
+        self.save(torch.ones_like(self.good))
         if self.world.main:
             self.saver.settle(must=True)
         barrier()  # a launcher ends the others when one has ended

@@ -74,11 +74,16 @@ class Guard:
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        return {"counts": self._counts}
+        return {"counts": self._counts, "ranks": self._ranks}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """From a checkpoint."""
+        """From a checkpoint; a row of bad steps that began on other ranks than there are now begins anew."""
         self._counts = state["counts"].to(self._counts.device)
+        ranks = state.get("ranks")
+        if ranks is not None and len(ranks) == self._world_size:
+            self._ranks = ranks.to(self._ranks.device)
+        else:
+            self._counts[1] = 0
 
     def _flat(self) -> torch.Tensor:
         return torch.cat([b.detach().flatten() for b in self._buffers]) if self._buffers else torch.empty(0)

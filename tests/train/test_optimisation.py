@@ -178,12 +178,23 @@ def test_a_gradient_that_overflows_is_of_no_rank_alone() -> None:
 
 
 def test_what_the_guard_counts_goes_on_after_a_checkpoint() -> None:
-    first, second = (Guard(nn.Module(), limit=2, world_size=1, device=CPU) for _ in range(2))
-    judged(first, 1, loss=math.nan)
+    first, second = (Guard(nn.Module(), limit=2, world_size=2, device=CPU) for _ in range(2))
+    judged(first, 1, loss=math.nan, bad_rows=(5,))
     second.load(first.state())
-    judged(second, 2, loss=math.nan)
-    with pytest.raises(UserError, match="from step 1 on"):
+    judged(second, 2, loss=math.nan, bad_rows=(0, 5))
+    with pytest.raises(UserError, match="from step 1 on, which began on rank 1 "):
         second.check()
+
+
+def test_a_row_that_began_on_other_ranks_begins_anew() -> None:
+    many, one = (Guard(nn.Module(), limit=2, world_size=size, device=CPU) for size in (4, 1))
+    judged(many, 1, loss=math.nan, bad_rows=(7,))
+    one.load(many.state())
+    judged(one, 2, loss=math.nan, bad_rows=(7,))
+    assert one.check() == 2
+    judged(one, 3, loss=math.nan)
+    with pytest.raises(UserError, match="from step 2 on, which began on rank 0 "):
+        one.check()
 
 
 def test_running_statistics_forget_a_bad_step() -> None:
