@@ -110,7 +110,7 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(
     train_until(7, experiment)
     newest = tmp_path / "run/checkpoints/step-00000006.pt"
     state = torch.load(newest, weights_only=True)
-    for part in ("scaler", "ema", "guard", "meter"):
+    for part in ("scaler", "ema", "guard", "figures"):
         del state[part]
     recorded, made_by = state["progress"], json.loads(state["fingerprint"])
     recorded["best_auc"] = recorded.pop("top")
