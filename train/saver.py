@@ -30,8 +30,8 @@ class Saver:
 
         Args:
             state: nested dicts and lists of tensors; training may change them as soon as this returns.
-            good: boolean scalar on the device. If false, nothing is written: a step that was not finite,
-                so that a run that diverges does not push out the checkpoints from before.
+            good: boolean scalar on the device, whether to write it at all: not in the midst of an epoch
+                after a step that was not finite, or a run that diverges would push out what was before.
         """
         self.settle()
         self._copy = copied = _copied({"state": state, "good": good}, self._copy)

@@ -171,10 +171,11 @@ def _table(rows: list[Row], about: dict[str, Any]) -> list[str]:
     what = f"{about['backbone']}, {size} × {size} pixels, batches of {about['batch']}, {about['precision']}"
     turns = f"Medians of {about['turns']} turns of {about['seconds']:g} s, taken in rotation"
     share = rates["moleprint"] / rates[RESIDENT]
+    exact = "float32" if about["device"] == "CPU" else "float32 (TensorFloat-32 as train.tf32 says)"
     return [
         f"{about['device']}, {cores} cores, {what}{compiled}",
         *table(rows),
         f"{turns}; the interval of a median spans all turns.",
-        f"{REFERENCE}: DataLoader with a worker a core, Pillow, torchvision, random triplets, float32.",
+        f"{REFERENCE}: DataLoader with a worker a core, Pillow, torchvision, random triplets, {exact}.",
         f"moleprint trains at {share:.0%} of the speed that a batch already there allows.",
     ]
