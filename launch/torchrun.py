@@ -26,7 +26,7 @@ from torch.distributed import DistError
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api
@@ -141,17 +141,28 @@ class _Agent(LocalElasticAgent):
             time.sleep(LINGER)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        ended = self._ended_ranks()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY:
             self._ended = worker_group.spec.rdzv_handler.is_closed()
         if result.is_failed() and result.failures and self._pcontext:
             logs, began = self._pcontext.stderrs, min(f.timestamp for f in result.failures.values())
-            ends = [End.of(r, f, logs[f.local_rank], began) for r, f in result.failures.items()]
+            ends = [
+                End.of(r, f, logs[f.local_rank], began, terminated=f.local_rank not in ended)
+                for r, f in result.failures.items()
+            ]
             first = min(ends, key=End.order)
             first.tell(ends, len(worker_group.workers), worker_group.group_world_size or 1)
             if first.status == MISTAKE or not self._remaining_restarts:
                 raise StageError(first.status)
         return result
+
+    def _ended_ranks(self) -> set[int]:
+        """Local ranks that have ended of themselves: once it sees one, torch terminates the others."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return set()
+        ranks = self._pcontext.subprocess_handlers.items()
+        return {local_rank for local_rank, rank in ranks if rank.proc.poll() is not None}
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         left = self._remaining_restarts
@@ -178,27 +189,29 @@ class End:
     time: int
     """Seconds since 1970."""
     killed_by_torch: bool
-    """Whether it was another rank's end that this one did not heed."""
+    """Whether it ended by a signal of torch's: it had not yet begun to heed SIGTERM, or did not in time."""
     log: Path
     """What it wrote on standard error."""
 
     @classmethod
-    def of(cls, rank: int, failure: ProcessFailure, log: str, began: int) -> "End":
+    def of(cls, rank: int, failure: ProcessFailure, log: str, began: int, *, terminated: bool) -> "End":
         """What torch noted of a rank.
 
         Args:
             began: when the first of them ended, in seconds since 1970.
+            terminated: whether torch may have told it to end, since another had.
         """
         killed = failure.exitcode in (-signal.SIGKILL, -signal.SIGTERM)  # from outside: it can start again
         status = failure.exitcode if failure.exitcode in (MISTAKE, RESUMABLE) else RESUMABLE if killed else 1
         late = failure.exitcode == -signal.SIGKILL and failure.timestamp - began >= TORCH_GRACE - 1
-        return cls(rank, failure.local_rank, status, failure.exitcode, failure.timestamp, late, Path(log))
+        by_torch = terminated and (late or failure.exitcode == -signal.SIGTERM)
+        return cls(rank, failure.local_rank, status, failure.exitcode, failure.timestamp, by_torch, Path(log))
 
-    def order(self) -> tuple[bool, int, float]:
+    def order(self) -> tuple[bool, bool, int, float]:
         """Sorts the one first that failed first, before those that were only drawn along."""
         silent = self.exitcode == MISTAKE and not self.told()
-        drawn_along = silent or self.killed_by_torch or self.exitcode in (RESUMABLE, -signal.SIGTERM)
-        return drawn_along, self.time, self.log.stat().st_mtime
+        drawn_along = silent or self.exitcode in (RESUMABLE, -signal.SIGTERM)
+        return self.killed_by_torch, drawn_along, self.time, self.log.stat().st_mtime
 
     def lines(self) -> list[str]:
         """Of its log."""

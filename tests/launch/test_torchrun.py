@@ -14,49 +14,75 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from configs.errors import StageError
 from launch.torchrun import End, torchrun
 
-SAYS = "import os, signal, sys, time; rank = int(os.environ['RANK']); path = sys.argv[1]\n"
-LOST = "def lost():\n    print(f'error: rank {rank}: another rank is gone', file=sys.stderr); sys.exit(75)\n"
-# Rank 0 ends once rank 1 is dead, and no sooner, however slow the machine.
-DRAWN_ALONG = """pid = f'{path}/pid'
-def dead(stat):
+SAYS = """import os, signal, sys, time; rank = int(os.environ['RANK']); path = sys.argv[1]
+os.symlink(str(os.getpid()), f'{path}/pid{rank}-' + os.environ['TORCHELASTIC_RESTART_COUNT'])
+
+def say(words): print(words, file=sys.stderr, flush=True); open(f'{path}/said{rank}', 'w').close()
+def lost(): say(f'error: rank {rank}: another rank is gone'); sys.exit(75)
+
+# However slow the machine: the other rank's words or end, and no sooner.
+def after(other, found):
+    while not found(other): time.sleep(0.01)
+def said(other): return os.path.exists(f'{path}/said{other}')
+def dead(other):
+    try: stat = '/proc/' + os.readlink(f'{path}/pid{other}-0') + '/stat'
+    except OSError: return False
     try: return open(stat).read().rpartition(') ')[2].startswith('Z')
     except OSError: return True
-def follow():
-    while not os.path.islink(pid): time.sleep(0.01)
-    while not dead(f'/proc/{os.readlink(pid)}/stat'): time.sleep(0.01)
-    lost()
-if rank == 1: os.symlink(str(os.getpid()), pid)
+
 """
 ENDS: dict[str, tuple[str, int, list[str], list[str]]] = {
     # what the ranks do: (…, status, said, not said)
     "rank 1 raises, then rank 0 is drawn along": (
-        f"{LOST}{DRAWN_ALONG}if rank == 1: raise ValueError('the cause')\nfollow()",
+        "if rank == 1: raise ValueError('the cause')\nafter(1, dead); lost()",
         1,
         ["ValueError: the cause", "error: rank 1 on", "exit status 1, the first of 2", "1/stderr.log"],
         ["error: rank 0 on"],
     ),
     "both raise, rank 1 first": (
-        "time.sleep(0.5 * (1 - rank)); raise ValueError(f'of {rank}')",
+        "if rank == 0: after(1, dead)\nraise ValueError(f'of {rank}')",
         1,
         ["ValueError: of 1", "error: rank 1 on"],
         ["error: rank 0 on"],
     ),
     "rank 1 is killed": (
-        f"{LOST}{DRAWN_ALONG}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nfollow()",
+        "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nafter(1, dead); lost()",
         75,
         ["error: rank 1 on", "killed by SIGKILL (out of memory?"],
         ["error: rank 0 on"],
     ),
+    "somebody ends rank 1 before it can heed that": (
+        "if rank == 1: os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(600)",
+        75,
+        ["error: rank 1 on", "killed by SIGTERM, the first of 2"],
+        ["error: rank 0 on"],
+    ),
     "a mistake that rank 1 tells, rank 0 silent": (
-        "if rank == 1: print('error: rank 1: bad.jpg', file=sys.stderr)\nelse: time.sleep(0.5)\nsys.exit(2)",
+        "if rank == 1: say('error: rank 1: bad.jpg')\nelse: after(1, said)\nsys.exit(2)",
         2,
         ["error: rank 1: bad.jpg"],
         ["exit status", "start again"],
     ),
-    "one that says nothing": ("time.sleep(rank); sys.exit(2)", 2, ["error: rank 0 on", "exit status 2"], []),
-    "told to end": (f"{LOST}lost()", 75, ["error: rank 0: another rank is gone"], ["start again"]),
+    "one that says nothing": (
+        "if rank == 1: after(0, dead)\nsys.exit(2)",
+        2,
+        ["error: rank 0 on", "exit status 2"],
+        [],
+    ),
+    "told to end": (
+        "if rank == 1: after(0, said)\nlost()",
+        75,
+        ["error: rank 0: another rank is gone"],
+        ["start again"],
+    ),
     "told to end by another host": (
-        "if rank == 0: print('told to stop: step 3 is saved', file=sys.stderr)\nsys.exit(75)",
+        "if rank == 0: say('told to stop: step 3 is saved')\nelse: after(0, said)\nsys.exit(75)",
+        75,
+        ["told to stop: step 3"],
+        ["error:"],
+    ),
+    "told to end by another host, rank 1 before it can heed that": (
+        "if rank == 1: time.sleep(600)\nsay('told to stop: step 3 is saved'); sys.exit(75)",
         75,
         ["told to stop: step 3"],
         ["error:"],
@@ -131,7 +157,8 @@ def test_who_was_first_of_a_host_among_others(
         (tmp_path / str(rank)).write_text(told)
         failure = ProcessFailure(rank, 1, code, error_file="")
         failure.timestamp = 1000 + seconds
-        ends.append(End.of(rank, failure, str(tmp_path / str(rank)), began=1000))
+        log = str(tmp_path / str(rank))
+        ends.append(End.of(rank, failure, log, began=1000, terminated=seconds >= 30))
     first = min(ends, key=End.order)
     first.tell(ends, len(ends), hosts=2)
     words = capsys.readouterr().err
