@@ -1,108 +1,109 @@
-"""A background thread that makes items ahead of their use, in order, from any position on."""
+"""A background thread that makes items ahead of their use, in order, from any position on.
+
+Two queues and no lock: an exception may come between any two steps of the caller's thread (Ctrl-C), and
+would leave a lock taken.
+"""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import closing
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
+
+
+class _Order(NamedTuple):
+    turn: int
+    position: int
+
+
+class _Made(NamedTuple, Generic[Item]):
+    order: _Order
+    item: Item | None
+    error: BaseException | None
 
 
 class Ahead(Generic[Item]):
     """Items in order, up to `depth` of them ready before they are asked for.
 
-        get() ◄── ready (depth) ◄── thread: make(position) ── yields item, item, …
-        seek(position) empties `ready` and lets the thread begin anew
+        get(position) ── orders ──► thread: make(position) yields item, item, … ── ready (depth) ──► get
 
-    The thread starts with the first `get` and ends with `close`. What it raises comes out of `get`, once,
-    after the items before it; then it tries that item again.
+    A position that is not the next begins a new turn: what was made for an earlier one is dropped. Nothing is
+    made before the first `get`; the thread ends with `close`.
     """
 
-    def __init__(self, make: Callable[[int], Generator[Item]], depth: int, start: int = 0) -> None:
+    def __init__(self, make: Callable[[int], Generator[Item]], depth: int) -> None:
         """
         Args:
             make: yields the items from a position on, without end. Only the thread calls it, so that what it
                 holds needs no locks.
-            start: position of the first item.
         """
         self._make, self._depth = make, depth
-        self._next = start  # position of what `get` gives next
-        self._changed = threading.Condition()
-        self._ready: deque[Item] = deque()
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self._turn = 0  # counts seeks: what was made for an earlier one is dropped
+        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
+        self._ready: SimpleQueue[_Made[Item] | None] = SimpleQueue()
+        self._turn = 0
+        self._next: int | None = None  # position that `get` gives next in this turn; None: no turn is on
         self._closed = False
+        # A daemon, lest the interpreter wait at its end for a thread that waits for orders.
+        self._thread = threading.Thread(target=self._run, name="moleprint-loader", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:  # it may have started
+            self._orders.put(None)
+            raise
 
-    def get(self) -> Item:
-        """The next item; waits for it, and can be interrupted then. Raises what making it raised."""
-        with self._changed:
-            if self._thread is None and not self._closed:
-                # A daemon, lest the interpreter wait at its end for a thread that waits for room.
-                self._thread = threading.Thread(target=self._run, name="moleprint-loader", daemon=True)
-                self._thread.start()
-            self._changed.wait_for(lambda: self._ready or self._error is not None or self._closed)
+    def get(self, position: int) -> Item:
+        """The item of a position; waits for it, and can be interrupted then.
+
+        Raises what making it raised, after the items before it; asked again, it is tried again.
+
+        Raises:
+            ValueError: if this is closed, also while it waits.
+        """
+        begun, self._next = self._next == position, None  # whatever ends this early ends the turn
+        if not begun:
+            self._turn += 1
+            for number in range(self._depth):
+                self._orders.put(_Order(self._turn, position + number))
+        order = _Order(self._turn, position)
+        made = None
+        while made is None or made.order != order:
             if self._closed:
                 raise ValueError("closed: no more batches; make a new loader")
-            if self._ready:
-                item = self._ready.popleft()
-                self._next += 1
-                self._changed.notify_all()
-                return item
-            # Kept, it would hold all that it passes through on its way out, and so would the thread.
-            error, self._error = self._error, None
-            self._changed.notify_all()
-        assert error is not None
-        try:
-            raise error
-        finally:
-            del error
-
-    def seek(self, position: int) -> None:
-        """Go on from another position, after an error too; returns at once."""
-        with self._changed:
-            self._next, self._error = position, None
-            self._turn += 1
-            self._ready.clear()
-            self._changed.notify_all()
+            made = self._ready.get()
+        if made.error is not None:
+            try:
+                raise made.error
+            finally:
+                del made  # kept, it would hold all that the error passes through on its way out
+        self._orders.put(_Order(self._turn, position + self._depth))
+        self._next = position + 1
+        return made.item  # type: ignore[return-value]  # made without an error
 
     def close(self) -> None:
         """End the thread and wait until it has; ready items are dropped. Closing twice is no error."""
-        with self._changed:
-            self._closed = True
-            self._turn += 1
-            self._ready.clear()
-            self._changed.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        self._closed = True
+        self._turn += 1
+        self._orders.put(None)
+        self._ready.put(None)  # a `get` may wait
+        if self._thread is not threading.current_thread():
             self._thread.join()
-        self._error = None  # it holds on to all that was in hand
+        self._ready = SimpleQueue()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._error is None)
-                if self._closed:
-                    return
-                start, turn = self._next, self._turn
+        turn, items = 0, None
+        while order := self._orders.get():
+            if order.turn != self._turn:
+                continue
             try:
-                self._fill(start, turn)
+                if order.turn != turn:
+                    if items is not None:
+                        items.close()
+                    turn, items = order.turn, self._make(order.position)
+                if items is not None:
+                    self._ready.put(_Made(order, next(items), None))
             except BaseException as error:  # `get` raises it
-                with self._changed:
-                    if turn == self._turn:
-                        self._error = error
-                        self._changed.notify_all()
-
-    def _fill(self, start: int, turn: int) -> None:
-        """Make items until a seek or the end."""
-        with closing(self._make(start)) as items:
-            for item in items:
-                with self._changed:
-                    if turn == self._turn:
-                        self._ready.append(item)
-                        self._changed.notify_all()
-                    del item  # or the thread would hold one more batch while it waits
-                    self._changed.wait_for(lambda: turn != self._turn or len(self._ready) < self._depth)
-                    if turn != self._turn:
-                        return
-        raise AssertionError("the items came to an end")
+                items = None
+                self._ready.put(_Made(order, None, error))
+        if items is not None:
+            items.close()

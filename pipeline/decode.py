@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-import torch.utils.dlpack
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
+from pipeline import dlpack
 from pipeline.reading import Bytes
 
 
@@ -45,7 +45,7 @@ class Decoder:
             raise UndecodableError(undecodable(data, self._gpu)) from None
         finally:
             self._given = ()
-        return [torch.utils.dlpack.from_dlpack(images[slot]) for slot in range(len(data))]
+        return [dlpack.shared(images[slot]) for slot in range(len(data))]
 
     def close(self) -> None:
         """End DALI's threads."""

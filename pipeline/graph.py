@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
@@ -21,6 +20,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from configs.fields import Dtype
 from configs.loading import Augment
+from pipeline import dlpack
 from pipeline.augment import Parameters
 from pipeline.fused import FusedPass
 
@@ -140,7 +140,7 @@ def tensor(
     A view that owns DALI's memory for as long as it lives; only bfloat16 from DALI's own operators, which do
     not have it, is a copy.
     """
-    given = torch.utils.dlpack.from_dlpack(images.as_tensor())
+    given = dlpack.shared(images.as_tensor())
     wanted: torch.dtype = getattr(torch, dtype)
     # The fused pass hands out a half type's bits as integers.
     given = given.view(wanted) if given.dtype == torch.int16 else given.to(wanted)

@@ -1,5 +1,6 @@
 """Batches on the device. The loader's whole state is one number: the steps done."""
 
+import atexit
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,9 +119,11 @@ class Loader:
             gpu=gpu,
             decoded=cache is not None,
         )
-        self._ahead: Ahead[Ready] = Ahead(producer.batches, settings.prefetch, start)
+        self._ahead: Ahead[Ready] = Ahead(producer.batches, settings.prefetch)
         # Not a method of the loader, which nothing that the thread holds may keep alive.
         self._end = weakref.finalize(self, _end, self._ahead, producer)
+        # At the interpreter's end, before DALI ends all pipelines, the thread's too, as it runs them.
+        atexit.register(self._end)
 
     def __iter__(self) -> Iterator[Batch]:
         """As `epoch`."""
@@ -140,12 +143,12 @@ class Loader:
 
     def seek(self, step: int) -> None:
         """Go on after `step` steps, counted over all epochs; returns at once, whatever is prefetched."""
-        self._ahead.seek(step)
         self.step = step
 
     def close(self) -> None:
         """End the threads and let go of files; batches that were taken stay as they are."""
         self._end()
+        atexit.unregister(self._end)
 
     def __enter__(self) -> Self:
         return self
@@ -156,9 +159,8 @@ class Loader:
         self.close()
 
     def _next(self) -> Batch:
-        ready = self._ahead.get()
-        self.step += 1
-        return Batch(
+        ready = self._ahead.get(self.step)
+        batch = Batch(
             # DALI's tensor owns its memory until this view of it is gone: no copy is needed. Viewed in the
             # caller's thread, whose stream is to wait for DALI's.
             images=graph.tensor(ready.images, self._dtype, channels_last=self._channels_last),
@@ -166,6 +168,8 @@ class Loader:
             groups=self._to_device(self._shards.groups[ready.shown]),
             index=self._to_device(ready.index),
         )
+        self.step += 1
+        return batch
 
     def _to_device(self, values: Indices) -> torch.Tensor:
         tensor = torch.from_numpy(values)

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from itertools import count
 
 import pytest
+from moments import interrupted
 
 from pipeline.ahead import Ahead
 
@@ -22,12 +23,11 @@ def running() -> list[str]:
 @pytest.mark.parametrize("depth", [1, 2, 7])
 def test_items_come_in_order_from_wherever_asked(depth: int) -> None:
     draw, position = random.Random(depth), 5
-    ahead = Ahead(numbers, depth, position)
+    ahead = Ahead(numbers, depth)
     for _ in range(300):
         if draw.random() < 0.3:
             position = draw.randrange(100)
-            ahead.seek(position)
-        assert ahead.get() == position
+        assert ahead.get(position) == position
         position += 1
     ahead.close()
 
@@ -41,9 +41,10 @@ def test_no_more_is_made_than_there_is_room_for() -> None:
             yield number
 
     ahead = Ahead(make, depth=3)
-    assert not made and not running(), "nothing before the first is asked for"
+    time.sleep(0.01)
+    assert not made, "nothing before the first is asked for"
     for got in range(4):
-        ahead.get()
+        ahead.get(got)
         deadline = time.monotonic() + 5
         while len(made) < got + 4 and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -52,7 +53,7 @@ def test_no_more_is_made_than_there_is_room_for() -> None:
     ahead.close()
 
 
-def test_an_error_comes_after_the_items_before_it_and_a_seek_goes_on() -> None:
+def test_an_error_comes_after_the_items_before_it_and_others_can_be_asked_for() -> None:
     def make(position: int) -> Generator[int]:
         for number in numbers(position):
             if number == 3:
@@ -60,14 +61,11 @@ def test_an_error_comes_after_the_items_before_it_and_a_seek_goes_on() -> None:
             yield number
 
     ahead = Ahead(make, depth=8)
-    assert [ahead.get() for _ in range(3)] == [0, 1, 2]
+    assert [ahead.get(position) for position in range(3)] == [0, 1, 2]
     for _ in range(2):
         with pytest.raises(LookupError, match="three"):
-            ahead.get()
-    ahead.seek(1)
-    assert [ahead.get(), ahead.get()] == [1, 2]
-    ahead.seek(4)
-    assert ahead.get() == 4
+            ahead.get(3)
+    assert [ahead.get(position) for position in (1, 2, 4)] == [1, 2, 4]
     ahead.close()
 
 
@@ -83,7 +81,7 @@ def test_closing_ends_a_wait_for_an_item() -> None:
     closing = threading.Timer(0.05, ahead.close)
     closing.start()
     with pytest.raises(ValueError, match="closed"):
-        ahead.get()
+        ahead.get(0)
     go.set()
     closing.join()
     assert not running()
@@ -99,12 +97,37 @@ def test_closing_ends_the_thread_whatever_it_does() -> None:
             ended.append(position)
 
     for takes in (0, 1, 3):
-        ahead = Ahead(make, depth=1, start=takes)
-        for _ in range(takes):
-            ahead.get()
+        ahead = Ahead(make, depth=1)
+        for position in range(takes, 2 * takes):
+            ahead.get(position)
         ahead.close()
         ahead.close()
         with pytest.raises(ValueError, match="closed"):
-            ahead.get()
+            ahead.get(0)
     assert ended == [1, 3], "generators are closed, in the thread that ran them"
     assert not running()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_ctrl_c_at_any_moment_loses_no_item_and_lets_it_end(depth: int) -> None:
+    for moment in count():
+        ahead = Ahead(numbers, depth)
+        came = interrupted(lambda ahead=ahead: [ahead.get(position) for position in (0, 1, 7)], moment)
+        assert [ahead.get(position) for position in (1, 2)] == [1, 2]
+        ahead.close()
+        assert not running()
+        if not came:
+            break
+    assert moment > 100
+
+
+def test_ctrl_c_at_any_moment_of_closing_lets_it_close_again() -> None:
+    for moment in count():
+        ahead = Ahead(numbers, depth=2)
+        ahead.get(0)
+        came = interrupted(ahead.close, moment)
+        ahead.close()
+        assert not running()
+        if not came:
+            break
+    assert moment > 20
