@@ -5,6 +5,7 @@ would leave a lock taken.
 """
 
 import threading
+import time
 from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeVar
@@ -66,11 +67,11 @@ class Ahead(Generic[Item]):
             for number in range(self._depth):
                 self._orders.put(_Order(self._turn, position + number))
         order = _Order(self._turn, position)
-        made = None
+        made, ready = None, self._ready  # this very queue is the one that `close` wakes
         while made is None or made.order != order:
             if self._closed:
                 raise ValueError("closed: no more batches; make a new loader")
-            made = self._ready.get()
+            made = ready.get()
         if made.error is not None:
             try:
                 raise made.error
@@ -88,6 +89,8 @@ class Ahead(Generic[Item]):
         self._ready.put(None)  # a `get` may wait
         if self._thread is not threading.current_thread():
             self._thread.join()
+            while self._thread in threading.enumerate():  # `join` waits no more once interrupted
+                time.sleep(0.01)
         self._ready = SimpleQueue()
 
     def _run(self) -> None:

@@ -96,7 +96,7 @@ class Loader:
         fetcher: Fetcher = self.source
         if cache is not None:
             fetcher = CachedSource(self.source, cache, batch=batch, threads=threads)
-        producer = Producer(
+        self._producer = Producer(
             _planner(sampler, slots, augmentation, seed),
             fetcher,
             self.source,
@@ -119,9 +119,9 @@ class Loader:
             gpu=gpu,
             decoded=cache is not None,
         )
-        self._ahead: Ahead[Ready] = Ahead(producer.batches, settings.prefetch)
+        self._ahead: Ahead[Ready] = Ahead(self._producer.batches, settings.prefetch)
         # Not a method of the loader, which nothing that the thread holds may keep alive.
-        self._end = weakref.finalize(self, _end, self._ahead, producer)
+        self._end = weakref.finalize(self, _end, self._ahead, self._producer)
         # At the interpreter's end, before DALI ends all pipelines, the thread's too, as it runs them.
         atexit.register(self._end)
 
@@ -147,7 +147,8 @@ class Loader:
 
     def close(self) -> None:
         """End the threads and let go of files; batches that were taken stay as they are."""
-        self._end()
+        _end(self._ahead, self._producer)
+        self._end.detach()  # not before: interrupted, it has yet to be closed
         atexit.unregister(self._end)
 
     def __enter__(self) -> Self:

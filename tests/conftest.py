@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,11 @@ def tiny_shards(tiny_pack: Pack) -> ShardSet:
     """The tiny images, packed and opened."""
     pack(tiny_pack, progress=False)
     return ShardSet.open(tiny_pack.output)
+
+
+@pytest.fixture
+def plain_ctrl_c() -> Iterator[None]:
+    """Python's own handling of Ctrl-C: torchrun, tried by other tests, leaves its own in place."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Ctrl-C at every moment, one by one."""
+"""What may come at any moment, Ctrl-C before all, made to come at each, one by one."""
 
 import sys
 from collections.abc import Callable
@@ -12,11 +12,26 @@ ROOT = str(Path(__file__).parents[2] / "pipeline")
 def interrupted(call: Callable[[], object], moment: int) -> bool:
     """Call it, and raise a KeyboardInterrupt at its n-th moment; False if it ended before.
 
-    Moments are the beginnings of all Python functions that it comes to, of others too, where Python looks for
-    signals, and every step of our own. What it starts in other threads goes on undisturbed.
-
     Raises:
         AssertionError: if the exception did not come out.
+    """
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        came = at_moment(call, moment, interrupt)
+    except KeyboardInterrupt:
+        return True
+    assert not came, "swallowed"
+    return False
+
+
+def at_moment(call: Callable[[], object], moment: int, happens: Callable[[], object]) -> bool:
+    """Call it, and let something happen at its n-th moment, as a signal's handler would; whether it did.
+
+    Moments are the beginnings of all Python functions that it comes to, of others too, where Python looks for
+    signals, and every step of our own. What it starts in other threads goes on undisturbed.
     """
     left, came = moment, False
 
@@ -28,16 +43,14 @@ def interrupted(call: Callable[[], object], moment: int) -> bool:
             if left < 0:
                 sys.settrace(None)
                 came = True
-                raise KeyboardInterrupt
+                happens()
+                return None
         return trace if ours else None
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
-    except KeyboardInterrupt:
-        return True
     finally:
         sys.settrace(before)
-    assert not came, "swallowed"
-    return False
+    return came

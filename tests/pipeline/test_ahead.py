@@ -1,13 +1,16 @@
 """Things made ahead come in order, from wherever asked; errors come out where they are waited for."""
 
+import contextlib
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Generator
 from itertools import count
 
 import pytest
-from moments import interrupted
+from moments import at_moment, interrupted
 
 from pipeline.ahead import Ahead
 
@@ -85,6 +88,43 @@ def test_closing_ends_a_wait_for_an_item() -> None:
     go.set()
     closing.join()
     assert not running()
+
+
+def test_closing_waits_for_the_thread_though_it_was_interrupted_before(plain_ctrl_c: None) -> None:
+    go, making = threading.Event(), threading.Event()
+
+    def make(position: int) -> Generator[int]:
+        yield position
+        making.set()
+        go.wait()
+
+    ahead = Ahead(make, depth=2)
+    ahead.get(0)
+    making.wait()
+    with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+        ahead.close()
+    threading.Timer(0.1, go.set).start()
+    ahead.close()
+    assert go.is_set() and not running()
+
+
+def test_closing_at_any_moment_of_a_get_ends_it() -> None:
+    for moment in count():
+        ahead = Ahead(numbers, depth=2)
+        begun = at_moment(lambda ahead=ahead: closed(ahead), moment, ahead.close)
+        ahead.close()
+        assert not running()
+        if not begun:
+            break
+    assert moment > 50
+
+
+def closed(ahead: Ahead[int]) -> None:
+    """Ask for two, and be told perhaps that there are no more."""
+    with contextlib.suppress(ValueError):
+        for position in (0, 1):
+            ahead.get(position)
 
 
 def test_closing_ends_the_thread_whatever_it_does() -> None:

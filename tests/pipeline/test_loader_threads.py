@@ -135,14 +135,6 @@ def test_a_bug_in_the_thread_comes_out_as_it_is(tiny_shards: ShardSet) -> None:
         assert np.array_equal(next(iter(loader)).images, batch.images)
 
 
-@pytest.fixture
-def plain_ctrl_c() -> Iterator[None]:
-    """Python's own handling of Ctrl-C: torchrun, tried by other tests, leaves its own in place."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_while_waiting_ends_all(tiny_shards: ShardSet, plain_ctrl_c: None) -> None:
     def slow(indices: object, fetch: Callable[..., object]) -> object:
         time.sleep(0.3)
@@ -167,6 +159,16 @@ def test_ctrl_c_at_any_moment_comes_out_and_loses_no_batch(tiny_shards: ShardSet
             if not came:
                 break
     assert moment > 500
+
+
+def test_an_interrupted_close_can_be_repeated(tiny_shards: ShardSet) -> None:
+    for moment in range(0, 60, 4):
+        loader = training(tiny_shards)
+        take(loader, 4)
+        interrupted(loader.close, moment)
+        loader.close()
+        del loader
+    assert not [thread for thread in threading.enumerate() if thread.name == "moleprint-loader"]
 
 
 SCRIPT = """
