@@ -29,8 +29,8 @@ class Ahead(Generic[Item]):
 
         get(position) ── orders ──► thread: make(position) yields item, item, … ── ready (depth) ──► get
 
-    A position that is not the next begins a new turn: what was made for an earlier one is dropped. Nothing is
-    made before the first `get`; the thread ends with `close`.
+    A position that is not the next begins a new turn: what was made for an earlier one is dropped. The thread
+    begins with `start`, makes nothing before the first `get`, and ends with `close`.
     """
 
     def __init__(self, make: Callable[[int], Generator[Item]], depth: int) -> None:
@@ -47,11 +47,10 @@ class Ahead(Generic[Item]):
         self._closed = False
         # A daemon, lest the interpreter wait at its end for a thread that waits for orders.
         self._thread = threading.Thread(target=self._run, name="moleprint-loader", daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:  # it may have started
-            self._orders.put(None)
-            raise
+
+    def start(self) -> None:
+        """Begin, once there is what calls `close`: only that ends the thread."""
+        self._thread.start()
 
     def get(self, position: int) -> Item:
         """The item of a position; waits for it, and can be interrupted then.
@@ -87,7 +86,7 @@ class Ahead(Generic[Item]):
         self._turn += 1
         self._orders.put(None)
         self._ready.put(None)  # a `get` may wait
-        if self._thread is not threading.current_thread():
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
             while self._thread in threading.enumerate():  # `join` waits no more once interrupted
                 time.sleep(0.01)
@@ -100,9 +99,10 @@ class Ahead(Generic[Item]):
                 continue
             try:
                 if order.turn != turn:
+                    turn = order.turn
                     if items is not None:
                         items.close()
-                    turn, items = order.turn, self._make(order.position)
+                    items = self._make(order.position)
                 if items is not None:
                     self._ready.put(_Made(order, next(items), None))
             except BaseException as error:  # `get` raises it

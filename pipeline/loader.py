@@ -122,8 +122,9 @@ class Loader:
         self._ahead: Ahead[Ready] = Ahead(self._producer.batches, settings.prefetch)
         # Not a method of the loader, which nothing that the thread holds may keep alive.
         self._end = weakref.finalize(self, _end, self._ahead, self._producer)
-        # At the interpreter's end, before DALI ends all pipelines, the thread's too, as it runs them.
+        # Called at the interpreter's end before DALI's own, which ends pipelines that the thread may be in.
         atexit.register(self._end)
+        self._ahead.start()
 
     def __iter__(self) -> Iterator[Batch]:
         """As `epoch`."""
@@ -160,8 +161,15 @@ class Loader:
         self.close()
 
     def _next(self) -> Batch:
-        ready = self._ahead.get(self.step)
-        batch = Batch(
+        while True:
+            step = self.step
+            batch = self._on_device(self._ahead.get(step))
+            if self.step == step:  # else a signal's handler has sought another meanwhile
+                self.step = step + 1
+                return batch
+
+    def _on_device(self, ready: Ready) -> Batch:
+        return Batch(
             # DALI's tensor owns its memory until this view of it is gone: no copy is needed. Viewed in the
             # caller's thread, whose stream is to wait for DALI's.
             images=graph.tensor(ready.images, self._dtype, channels_last=self._channels_last),
@@ -169,8 +177,6 @@ class Loader:
             groups=self._to_device(self._shards.groups[ready.shown]),
             index=self._to_device(ready.index),
         )
-        self.step += 1
-        return batch
 
     def _to_device(self, values: Indices) -> torch.Tensor:
         tensor = torch.from_numpy(values)

@@ -27,17 +27,22 @@ def interrupted(call: Callable[[], object], moment: int) -> bool:
     return False
 
 
-def at_moment(call: Callable[[], object], moment: int, happens: Callable[[], object]) -> bool:
+def at_moment(
+    call: Callable[[], object], moment: int, happens: Callable[[], object], *, steps: bool = True
+) -> bool:
     """Call it, and let something happen at its n-th moment, as a signal's handler would; whether it did.
 
     Moments are the beginnings of all Python functions that it comes to, of others too, where Python looks for
-    signals, and every step of our own. What it starts in other threads goes on undisturbed.
+    signals, and every step of our own, more than it does. Other threads go on undisturbed.
+
+    Args:
+        steps: False for the beginnings alone.
     """
     left, came = moment, False
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left, came
-        frame.f_trace_opcodes = ours = frame.f_code.co_filename.startswith(ROOT)
+        frame.f_trace_opcodes = ours = steps and frame.f_code.co_filename.startswith(ROOT)
         if event in ("call", "opcode"):
             left -= 1
             if left < 0:

@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import count
 
 import pytest
@@ -19,6 +19,12 @@ def numbers(position: int) -> Generator[int]:
     yield from count(position)
 
 
+def started(make: Callable[[int], Generator[int]], depth: int) -> Ahead[int]:
+    ahead = Ahead(make, depth)
+    ahead.start()
+    return ahead
+
+
 def running() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "moleprint-loader"]
 
@@ -26,7 +32,7 @@ def running() -> list[str]:
 @pytest.mark.parametrize("depth", [1, 2, 7])
 def test_items_come_in_order_from_wherever_asked(depth: int) -> None:
     draw, position = random.Random(depth), 5
-    ahead = Ahead(numbers, depth)
+    ahead = started(numbers, depth)
     for _ in range(300):
         if draw.random() < 0.3:
             position = draw.randrange(100)
@@ -43,7 +49,7 @@ def test_no_more_is_made_than_there_is_room_for() -> None:
             made.append(number)
             yield number
 
-    ahead = Ahead(make, depth=3)
+    ahead = started(make, depth=3)
     time.sleep(0.01)
     assert not made, "nothing before the first is asked for"
     for got in range(4):
@@ -63,13 +69,18 @@ def test_an_error_comes_after_the_items_before_it_and_others_can_be_asked_for() 
                 raise LookupError("three")
             yield number
 
-    ahead = Ahead(make, depth=8)
+    ahead = started(make, depth=8)
     assert [ahead.get(position) for position in range(3)] == [0, 1, 2]
     for _ in range(2):
         with pytest.raises(LookupError, match="three"):
             ahead.get(3)
     assert [ahead.get(position) for position in (1, 2, 4)] == [1, 2, 4]
     ahead.close()
+
+
+def test_what_never_began_can_be_closed() -> None:
+    Ahead(numbers, depth=1).close()
+    assert not running()
 
 
 def test_closing_ends_a_wait_for_an_item() -> None:
@@ -80,7 +91,7 @@ def test_closing_ends_a_wait_for_an_item() -> None:
         go.wait()
         yield from numbers(position)
 
-    ahead = Ahead(make, depth=1)
+    ahead = started(make, depth=1)
     closing = threading.Timer(0.05, ahead.close)
     closing.start()
     with pytest.raises(ValueError, match="closed"):
@@ -98,7 +109,7 @@ def test_closing_waits_for_the_thread_though_it_was_interrupted_before(plain_ctr
         making.set()
         go.wait()
 
-    ahead = Ahead(make, depth=2)
+    ahead = started(make, depth=2)
     ahead.get(0)
     making.wait()
     with pytest.raises(KeyboardInterrupt):
@@ -111,7 +122,7 @@ def test_closing_waits_for_the_thread_though_it_was_interrupted_before(plain_ctr
 
 def test_closing_at_any_moment_of_a_get_ends_it() -> None:
     for moment in count():
-        ahead = Ahead(numbers, depth=2)
+        ahead = started(numbers, depth=2)
         begun = at_moment(lambda ahead=ahead: closed(ahead), moment, ahead.close)
         ahead.close()
         assert not running()
@@ -137,7 +148,7 @@ def test_closing_ends_the_thread_whatever_it_does() -> None:
             ended.append(position)
 
     for takes in (0, 1, 3):
-        ahead = Ahead(make, depth=1)
+        ahead = started(make, depth=1)
         for position in range(takes, 2 * takes):
             ahead.get(position)
         ahead.close()
@@ -151,7 +162,7 @@ def test_closing_ends_the_thread_whatever_it_does() -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_ctrl_c_at_any_moment_loses_no_item_and_lets_it_end(depth: int) -> None:
     for moment in count():
-        ahead = Ahead(numbers, depth)
+        ahead = started(numbers, depth)
         came = interrupted(lambda ahead=ahead: [ahead.get(position) for position in (0, 1, 7)], moment)
         assert [ahead.get(position) for position in (1, 2)] == [1, 2]
         ahead.close()
@@ -163,7 +174,7 @@ def test_ctrl_c_at_any_moment_loses_no_item_and_lets_it_end(depth: int) -> None:
 
 def test_ctrl_c_at_any_moment_of_closing_lets_it_close_again() -> None:
     for moment in count():
-        ahead = Ahead(numbers, depth=2)
+        ahead = started(numbers, depth=2)
         ahead.get(0)
         came = interrupted(ahead.close, moment)
         ahead.close()
