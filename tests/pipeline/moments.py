@@ -1,5 +1,6 @@
 """What may come at any moment, Ctrl-C before all, made to come at each, one by one."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,11 @@ def at_moment(
         return trace if ours else None
 
     before = sys.gettrace()
+    gc.disable()  # what is raised in the destructors of others' garbage Python drops
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(before)
+        gc.enable()
     return came
